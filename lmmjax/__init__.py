@@ -1,0 +1,1 @@
+"""LLaVA in Flax, made to fit: config -> params -> tokens."""

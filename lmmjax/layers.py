@@ -1,0 +1,48 @@
+"""The building blocks that the parts of the model share: Linear, RMSNorm and the activations."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nn.Module):
+    """y = x @ kernel (+ bias), for a kernel leaf of any type.
+
+    A leaf that is no plain array (a masked, sparse or quantized matrix) takes part by implementing
+    `__rmatmul__`, so neither this layer nor the model knows which kinds exist. `self.param` would insist on
+    the initializer's shape, hence the look into the collection first.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = x @ kernel
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, the mean square in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch e"]) -> Float[Array, "*batch e"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return scale * normed.astype(x.dtype)

@@ -1,0 +1,133 @@
+"""LLaVA: images become tokens of the language model. One Flax module, used through pure functions over params."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lmmjax.cache import Cache, CachedAttention, PlainAttention
+from lmmjax.config import LlavaConfig
+from lmmjax.layers import ACTIVATIONS, Linear
+from lmmjax.text import Decoder
+from lmmjax.vision import VisionTower
+
+Params = dict[str, Any]
+"""Nested dicts of arrays: {"vision": ..., "projector": ..., "text": {"layers_0": ...}}; kernels are (in, out)."""
+
+
+class Projector(nn.Module):
+    """Two linears that turn vision features into embeddings. Source: LLaVA 1.5, arXiv:2310.03744."""
+
+    config: LlavaConfig
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "n p f"]) -> Float[Array, "n p e"]:
+        width, bias = self.config.text.width, self.config.projector_bias
+        hidden = Linear(width, bias, name="linear_1")(features)
+        return Linear(width, bias, name="linear_2")(ACTIVATIONS[self.config.projector_activation](hidden))
+
+
+class Llava(nn.Module):
+    """The whole model. Its methods are reached with `apply(..., method=...)` by the functions below."""
+
+    config: LlavaConfig
+
+    def setup(self):
+        self.vision = VisionTower(self.config.vision)
+        self.projector = Projector(self.config)
+        self.text = Decoder(self.config.text)
+
+    def encode(self, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:
+        return self.projector(self.vision(pixels))
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+        return self.text.embed(tokens)
+
+    def decode(self, x: Float[Array, "b t e"], positions: Int[Array, "b t"], attends) -> tuple[Array, Any]:
+        return self.text(x, positions, attends)
+
+    def logits(self, states: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+        return self.text.logits(states)
+
+    def __call__(self, tokens: Int[Array, "b t"], pixels: Float[Array, "n c y x"]) -> Float[Array, "b t v"]:
+        """Every part once, so that `init` makes every parameter."""
+        b, t = tokens.shape
+        x = merge(self.config, tokens, self.embed(tokens), self.encode(pixels))
+        mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        states, _ = self.decode(x, positions, [PlainAttention(mask)] * self.config.text.layers)
+        return self.logits(states)
+
+
+def init(config: LlavaConfig, key: Array) -> Params:
+    """Returns random parameters in float32."""
+    vision = config.vision
+    pixels = jnp.zeros((1, vision.channels, vision.image_size, vision.image_size))
+    tokens = jnp.full((1, vision.image_tokens), config.image_token)
+    return jax.jit(Llava(config).init)(key, tokens, pixels)["params"]
+
+
+def encode_images(config: LlavaConfig, params: Params, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:
+    """Returns the embeddings of n images, p tokens each."""
+    return _apply(config, params, Llava.encode, pixels)
+
+
+def embed(
+    config: LlavaConfig, params: Params, tokens: Int[Array, "b t"], images: Float[Array, "n p e"] | None
+) -> Float[Array, "b t e"]:
+    """Returns the prompt's embeddings, its image tokens replaced by the images in order of appearance."""
+    x = _apply(config, params, Llava.embed, tokens)
+    return x if images is None else merge(config, tokens, x, images)
+
+
+def extend(
+    config: LlavaConfig,
+    params: Params,
+    cache: Cache,
+    x: Float[Array, "b t e"],
+    counts: Int[Array, "b"],
+    backend: str | None = None,
+) -> tuple[Float[Array, "b t e"], Cache]:
+    """Returns the final states of t more embeddings a row, and the cache with counts[b] of them appended.
+
+    Serves prefill (an empty cache), a decode step (t = 1) and everything between; states past a row's count
+    mean nothing. The caller sees to it that the cache has room.
+    """
+    attends = [
+        CachedAttention(keys, values, cache.lengths, counts, cache.round_own, backend) for keys, values in cache.layers
+    ]
+    positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
+    states, layers = _apply(config, params, Llava.decode, x, positions, attends)
+    return states, cache.replace(layers=layers, lengths=cache.lengths + counts)
+
+
+def forward(
+    config: LlavaConfig,
+    params: Params,
+    x: Float[Array, "b t e"],
+    positions: Int[Array, "b t"],
+    mask: Bool[Array, "b t t"],
+) -> Float[Array, "b t e"]:
+    """Returns the final states of whole sequences without a cache; mask[b, i, j] lets query i see key j."""
+    return _apply(config, params, Llava.decode, x, positions, [PlainAttention(mask)] * config.text.layers)[0]
+
+
+def logits(config: LlavaConfig, params: Params, states: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+    """Returns float32 logits of final states."""
+    return _apply(config, params, Llava.logits, states)
+
+
+def merge(
+    config: LlavaConfig, tokens: Int[Array, "b t"], x: Float[Array, "b t e"], images: Float[Array, "n p e"]
+) -> Float[Array, "b t e"]:
+    """Returns x with the k-th image token of the batch, in reading order, replaced by the k-th image feature."""
+    is_image = tokens == config.image_token
+    order = jnp.cumsum(is_image.reshape(-1)).reshape(tokens.shape) - 1
+    features = jnp.take(images.reshape(-1, images.shape[-1]), order, axis=0, mode="clip")
+    return jnp.where(is_image[..., None], features.astype(x.dtype), x)
+
+
+def _apply(config: LlavaConfig, params: Params, method, *args) -> Any:
+    return Llava(config).apply({"params": params}, *args, method=method)

@@ -1,0 +1,1 @@
+"""The search for the Plan that loses least under an exact budget."""

@@ -1,0 +1,179 @@
+"""Questions about images: where they come from, how they are split, and how they become arrays."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from lmmjax.errors import InputError
+
+if TYPE_CHECKING:
+    from lmmjax.prompt import Processor
+
+EASY_VQA = "easy-vqa"
+SPLITS = ("train", "test")
+KINDS = ("yes/no", "shape", "colour")
+"""easy-VQA's types of question, told apart by their answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question about one image, its whole answer, and the type it is reported under."""
+
+    image: Path
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Samples as right-padded arrays. `is_answer` marks the tokens to be predicted: the answer and its end."""
+
+    tokens: Int[np.ndarray, "b t"]
+    lengths: Int[np.ndarray, "b"]
+    is_answer: Bool[np.ndarray, "b t"]
+    pixels: Float[np.ndarray, "b c y x"]
+    kinds: tuple[str, ...]
+
+
+def load(spec: str, split: str) -> list[Sample]:
+    """Returns the samples of "easy-vqa" or of a JSONL file, in their stored order.
+
+    A JSONL line is {"image", "question" or "text", "answer"[, "kind"]}, image paths relative to the file. Such
+    a file knows no splits: either name returns all of it, and `disjoint` keeps calibration and report apart.
+
+    Raises:
+        InputError: an unknown split, no such file, or a line that lacks something (file and line are named).
+    Source: easy-VQA, https://github.com/vzhou842/easy-VQA.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    return _easy_vqa(split) if spec == EASY_VQA else _jsonl(Path(spec))
+
+
+def disjoint(samples: Sequence[Sample], counts: Sequence[int], seed: int) -> tuple[list[Sample], ...]:
+    """Returns random subsets of these sizes that share no image.
+
+    While the images last every sample has its own; beyond that each subset gets images in proportion to its
+    size and goes round them, so that no image has two questions more than another that still had some left.
+
+    Raises:
+        InputError: a negative count, or too few images or questions.
+    """
+    rng = np.random.default_rng(seed)
+    by_image: dict[Path, list[Sample]] = {}
+    for index in rng.permutation(len(samples)):
+        by_image.setdefault(samples[index].image, []).append(samples[index])
+    ends = np.cumsum(_images_each(len(by_image), counts))
+    images = list(by_image.values())
+    return tuple(
+        _round_robin(images[start:end], count) for start, end, count in zip((0, *ends[:-1]), ends, counts, strict=True)
+    )
+
+
+def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
+    """Returns prompt, answer and end-of-sequence token of every sample, with its image's pixels.
+
+    The answer is " " + answer: a Llama prompt ends in "ASSISTANT:", and the space belongs to the answer's first
+    token. Images used several times are read once.
+    """
+    from lmmjax.prompt import bucket, pad  # transformers comes with it, and loading questions needs none
+
+    prompts = [processor.encode(processor.render(sample.question, 1), 1) for sample in samples]
+    answers = [
+        [*processor.tokenizer.encode(f" {sample.answer}", add_special_tokens=False), processor.eos[0]]
+        for sample in samples
+    ]
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens, lengths = pad(whole, bucket(max(map(len, whole), default=0)))
+    starts = np.array([len(prompt) for prompt in prompts])
+    index = np.arange(tokens.shape[1])
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    rows = {image: row for row, image in enumerate(images)}
+    return Encoded(
+        tokens=tokens,
+        lengths=lengths,
+        is_answer=(index >= starts[:, None]) & (index < lengths[:, None]),
+        pixels=processor.pixels(images)[[rows[sample.image] for sample in samples]],
+        kinds=tuple(sample.kind for sample in samples),
+    )
+
+
+def _easy_vqa(split: str) -> list[Sample]:
+    import easy_vqa
+
+    questions, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    return [
+        Sample(Path(paths[image]), question, answer, _kind(answer))
+        for question, answer, image in zip(questions, answers, images, strict=True)
+    ]
+
+
+def _kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return KINDS[0]
+    return KINDS[1] if answer in ("circle", "rectangle", "triangle") else KINDS[2]
+
+
+def _jsonl(path: Path) -> list[Sample]:
+    if not path.is_file():
+        raise InputError(f"data is {str(path)!r}; expected {EASY_VQA!r} or a JSONL file that exists")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); expected one JSON object a line") from None
+    samples = [_sample(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise InputError(f"{path}: no samples in it; expected one JSON object a line")
+    return samples
+
+
+def _sample(path: Path, number: int, line: str) -> Sample:
+    def wrong(what: str) -> InputError:
+        return InputError(f'{path}, line {number}: {what}; expected {{"image": ..., "question": ..., "answer": ...}}')
+
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise wrong(f"no JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise wrong("no JSON object")
+    values = {
+        "image": row.get("image"),
+        "question": row.get("question", row.get("text")),
+        "answer": row.get("answer"),
+        "kind": row.get("kind", "any"),
+    }
+    for name, value in values.items():
+        if not isinstance(value, str) or not value:
+            raise wrong(f"{name} is {value!r}")
+    image = path.parent / values["image"]
+    if not image.is_file():
+        raise wrong(f"image {str(image)!r} does not exist")
+    return Sample(image, values["question"], values["answer"], values["kind"])
+
+
+def _images_each(images: int, counts: Sequence[int]) -> list[int]:
+    """Returns how many images each subset may use: its own count while they last, else its fair share."""
+    wanted = sum(counts)
+    if any(count < 0 for count in counts):
+        raise InputError(f"counts are {list(counts)}; expected none below 0")
+    each = list(counts) if wanted <= images else [images * count // wanted for count in counts]
+    if any(count and not share for count, share in zip(counts, each, strict=True)):
+        raise InputError(f"the data have {images} images, too few for subsets of {list(counts)} that share none")
+    return each
+
+
+def _round_robin(images: Sequence[Sequence[Sample]], count: int) -> list[Sample]:
+    """Returns `count` samples: the first of every image, then the second of each that has one, and so on."""
+    rounds = max(map(len, images), default=0)
+    order = [image[turn] for turn in range(rounds) for image in images if turn < len(image)]
+    if len(order) < count:
+        raise InputError(f"{len(images)} images have only {len(order)} questions; {count} were asked for")
+    return order[:count]

@@ -1,0 +1,202 @@
+"""An lmmjax checkpoint: a directory that describes itself, written layer by layer and visible only whole.
+
+config.json     the Hugging Face config, verbatim
+lmmjax.json     format number, versions, the dtypes stored, and the plan of a compressed model or null
+params/         the weights (Orbax)
+tokenizer.json, chat template, image preprocessor ...: verbatim
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import lmmjax
+from lmmjax import files, weights
+from lmmjax.config import LlavaConfig, from_hf
+from lmmjax.errors import InputError
+from lmmjax.llava import Params
+from lmmjax.plan import Plan
+
+FORMAT = 1
+PROCESSOR_FILES = (
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json "
+    "generation_config.json LICENSE"
+).split()
+"""What travels with the weights unchanged, where it exists."""
+
+EMBEDDED = Path(lmmjax.__file__).parent / "models" / "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory. `plan` says how it was compressed; None for a dense one."""
+
+    path: Path
+    config: LlavaConfig
+    params: Params
+    plan: Plan | None
+
+
+@contextlib.contextmanager
+def writer(path: Path, config: bytes, carried: Iterable[Path], plan: Plan | None = None) -> Iterator[weights.Writer]:
+    """Yields the Writer of a new checkpoint, which appears as `path` when the block ends well.
+
+    `config` is the text of config.json, `carried` the files to be copied verbatim.
+
+    Raises:
+        InputError: `path` exists or cannot be written.
+    """
+    with files.atomic_directory(path) as temporary:
+        leaves = weights.Writer(temporary / "params")
+        yield leaves
+        leaves.finish()
+        (temporary / "config.json").write_bytes(config)
+        for file in carried:
+            shutil.copyfile(file, temporary / file.name)
+        (temporary / "lmmjax.json").write_text(json.dumps(_about(leaves.dtypes, plan), indent=1))
+
+
+def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
+    """Returns the checkpoint at `path`, its weights on the default device.
+
+    `dtype` None means as stored; on a CPU float32, since XLA computes bfloat16 there ten times slower.
+
+    Raises:
+        InputError: not a checkpoint, half of one, or one of a newer format.
+    """
+    path = Path(path)
+    about = _read_about(path)
+    config = from_hf(read_json(path / "config.json"))
+    cast = dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    params = weights.read_tree(path / "params", cast, jax.devices()[0])
+    plan = about["plan"] and Plan.from_json(json.dumps(about["plan"])).check(config.text)
+    return Checkpoint(path, config, params, plan)
+
+
+def save(path: str | Path, params: Params, *, like: Path, plan: Plan | None) -> None:
+    """Writes a whole new checkpoint with the config and the processor's files of the checkpoint `like`.
+
+    A leaf goes back to the dtype that `like` stores it in wherever that loses nothing, so a model that was only
+    pruned does not grow by the float32 in which a CPU holds it.
+
+    Raises:
+        InputError: `path` exists, or `like` is no checkpoint.
+    """
+    _read_about(like)
+    stored = weights.leaves(like / "params")
+    with writer(Path(path), (like / "config.json").read_bytes(), carried_files(like), plan) as leaves:
+        for name, leaf in flatten_dict(params, sep=".").items():
+            leaves.add(name, _narrowed(np.asarray(leaf), stored[name].dtype if name in stored else None))
+
+
+def resolve(model: str | None) -> Path:
+    """Returns the checkpoint directory that `--model` names; None means the embedded model.
+
+    The embedded model is an ordinary Hugging Face checkpoint, converted once into the user's cache by the same
+    command as any other.
+
+    Raises:
+        InputError: no such directory, or one that has to be converted first; the message gives the command.
+    """
+    if model is None:
+        return _converted_once(EMBEDDED)
+    path = Path(model)
+    if not path.is_dir():
+        raise InputError(f"--model: there is no directory {model}; expected an lmmjax checkpoint")
+    if not (path / "lmmjax.json").exists() and (path / "config.json").exists():
+        target = f"{path.name}-lmmjax"
+        raise InputError(
+            f"--model: {model} is a Hugging Face checkpoint; convert it first: python -m convert.hf {model} {target}, "
+            f"then give --model {target}"
+        )
+    return path
+
+
+def cache_dir() -> Path:
+    """Returns the user's cache directory: $LMMJAX_CACHE, else $XDG_CACHE_HOME/lmmjax, else ~/.cache/lmmjax."""
+    if own := os.environ.get("LMMJAX_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmmjax"
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """Returns the tokenizer's, chat template's and preprocessor's files that the directory has."""
+    return [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises InputError if there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: got a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _converted_once(source: Path) -> Path:
+    content = hashlib.sha256(str(FORMAT).encode())
+    for file in sorted(source.iterdir()):
+        content.update(file.name.encode() + file.read_bytes())
+    target = cache_dir() / "models" / f"{source.name}-{content.hexdigest()[:16]}"
+    if target.exists():
+        return target
+    print(f"converting the embedded model into {target} (once)", file=sys.stderr)
+    root = Path(lmmjax.__file__).parents[1]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    # A subprocess, because lmmjax does not import convert: the arrow points the other way.
+    command = [sys.executable, "-m", "convert.hf", str(source), str(target)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    if not target.exists():  # it may also exist because another process was faster
+        raise InputError(f"--model: the embedded model was not converted: {done.stderr.strip().splitlines()[-1:]}")
+    return target
+
+
+def _about(dtypes: Iterable[str], plan: Plan | None) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "versions": {name: _version(name) for name in ("lmmjax", "jax", "orbax-checkpoint")},
+        "dtypes": sorted(dtypes),
+        "plan": plan and json.loads(plan.to_json()),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"  # lmmjax runs from a source tree too
+
+
+def _read_about(path: Path) -> Mapping[str, Any]:
+    if not (path / "lmmjax.json").exists():
+        raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
+    about = read_json(path / "lmmjax.json")
+    if not isinstance(about.get("format"), int) or about["format"] > FORMAT:
+        raise InputError(
+            f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
+        )
+    return about
+
+
+def _narrowed(leaf: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns the leaf in a stored dtype if that keeps every value, else as it is."""
+    if dtype is None or leaf.dtype == dtype:
+        return leaf
+    narrow = leaf.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(leaf.dtype), leaf) else leaf

@@ -9,12 +9,17 @@ Source: KIVI, arXiv:2402.02750, section 3; rounding the metadata outwards is our
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float16, Int, UInt8
 
 Axis = Literal["tokens", "channels"]
 """What a group runs along: `tokens` for keys (one scale a channel), `channels` for values (one a token)."""
 
 PACKED_BITS = (8, 4, 2)
+
+# From a table, because XLA divides by a constant otherwise than by a traced number, and one float32 ulp can
+# move a float16 scale: with it, static and traced bits give the same codes.
+_INVERSE_LEVELS = np.float32([0, *(1 / (2**bits - 1) for bits in range(1, 17))])
 
 
 class Encoded(NamedTuple):
@@ -41,9 +46,10 @@ def encode(grouped: Float[Array, "*groups"], bits: int | Int[Array, ""], axis: A
     member = group_axis(axis)
     x = grouped.astype(jnp.float32)
     levels = ((1 << jnp.asarray(bits, jnp.int32)) - 1).astype(jnp.float32)
+    inverse = jnp.asarray(_INVERSE_LEVELS)[bits]
     low, high = x.min(member, keepdims=True), x.max(member, keepdims=True)
     zero = _to_half(low, -jnp.inf)
-    scale = _to_half((high - zero.astype(jnp.float32)) / levels, jnp.inf)
+    scale = _to_half((high - zero.astype(jnp.float32)) * inverse, jnp.inf)
     step = scale.astype(jnp.float32)
     codes = jnp.round((x - zero.astype(jnp.float32)) / jnp.where(step == 0, 1, step))
     return Encoded(jnp.clip(codes, 0, levels), scale, zero)

@@ -40,8 +40,7 @@ class Store(Protocol):
     def read(self, lengths: Int[Array, "b"]) -> Float[Array, "b h s d"]: ...
 
 
-@struct.dataclass
-class Dense:
+class Dense(struct.PyTreeNode):
     """Every token in the buffer's own dtype."""
 
     values: Float[Array, "b h s d"]
@@ -70,8 +69,7 @@ class Dense:
         return self.values.astype(jnp.float32)
 
 
-@struct.dataclass
-class Rounded:
+class Rounded(struct.PyTreeNode):
     """Values as Packed would give them back, with the bit-width as data; 16 bits keep them exact."""
 
     values: Float[Array, "b h s d"]
@@ -111,8 +109,7 @@ class Rounded:
         return self.values
 
 
-@struct.dataclass
-class Packed:
+class Packed(struct.PyTreeNode):
     """Codes of `bits` bits packed into bytes, scales and zeros in float16, and the latest tokens exact.
 
     `recent` is a ring: position p lies in slot p mod (window + group), so a block that settles is contiguous.

@@ -12,8 +12,7 @@ from lmmjax.config import TextConfig
 from lmmjax.plan import CacheFormat, Plan
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """All layers' keys and values; row b holds lengths[b] tokens.
 
     `round_own` says whether a prompt's own queries see its settled tokens rounded, as later queries will.
@@ -33,8 +32,7 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
 
-@struct.dataclass
-class CachedAttention:
+class CachedAttention(struct.PyTreeNode):
     """One layer's attention while new tokens pass: `starts` of them are stored, counts[b] more are real."""
 
     keys: Store
@@ -66,8 +64,7 @@ class CachedAttention:
         return out, (keys, values)
 
 
-@struct.dataclass
-class PlainAttention:
+class PlainAttention(struct.PyTreeNode):
     """Attention among the given tokens alone, without a cache: training and calibration."""
 
     mask: Bool[Array, "b t t"]

@@ -1,0 +1,32 @@
+"""From scores to masks, always by rank: a threshold would drop too many where scores are equal."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lmmjax.errors import InputError
+
+
+def rank(score: Float[Array, "in out"]) -> Int[Array, "in out"]:
+    """Returns each weight's place among its output's weights, 0 the lowest; equal scores rank by position."""
+    order = jnp.argsort(score, axis=0, stable=True)
+    places = jnp.argsort(order, axis=0, stable=True)
+    return places.astype(jnp.uint16 if score.shape[0] <= 1 << 16 else jnp.int32)
+
+
+def drop_lowest(ranks: Int[Array, "in out"], count: int | Int[Array, ""]) -> Bool[Array, "in out"]:
+    """Returns the mask that drops exactly the `count` lowest of every output; `count` may be traced."""
+    return ranks >= jnp.asarray(count)
+
+
+def keep_n_of_m(score: Float[Array, "in out"], n: int, m: int) -> Bool[Array, "in out"]:
+    """Returns the mask that keeps the n highest of each m consecutive inputs (2:4 is n = 2, m = 4).
+
+    Raises:
+        InputError: n > m, or m does not divide the inputs.
+    """
+    inputs, outputs = score.shape
+    if not 0 < n <= m or inputs % m:
+        raise InputError(f"pattern: got {n}:{m} for {inputs} inputs, expected 0 < N <= M and M a divisor of the inputs")
+    blocks = score.reshape(inputs // m, m, outputs).transpose(1, 0, 2).reshape(m, -1)
+    keep = drop_lowest(rank(blocks), m - n)
+    return keep.reshape(m, inputs // m, outputs).transpose(1, 0, 2).reshape(inputs, outputs)

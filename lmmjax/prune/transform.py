@@ -1,0 +1,118 @@
+"""Pruning a parameter tree: params in, params out, and what is not pruned stays the very same object."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lmmjax import calibrate
+from lmmjax.calibrate import LayerStatistics
+from lmmjax.config import LINEARS, LlavaConfig
+from lmmjax.data import Encoded
+from lmmjax.errors import InputError
+from lmmjax.llava import Params
+from lmmjax.plan import Plan
+from lmmjax.prune.masks import drop_lowest, rank
+from lmmjax.prune.scores import SCORES
+
+Ranks = tuple[dict[str, Int[Array, "in out"]], ...]
+LayerMasks = Mapping[str, Bool[Array, "in out"] | None]
+"""Which weights of a layer's linears stay; None leaves a linear alone."""
+Mask = Callable[[int, str, Float[Array, "in out"]], Bool[Array, "in out"] | None]
+"""From layer, linear and score to the mask: where ratios, counts and N:M patterns enter."""
+
+
+def apply_masks(params: Params, masks: Sequence[LayerMasks]) -> Params:
+    """Returns params with the masked weights zero."""
+    layers = {f"layers_{i}": _mask_layer(params["text"][f"layers_{i}"], mask) for i, mask in enumerate(masks)}
+    return params | {"text": params["text"] | layers}
+
+
+def prune(
+    config: LlavaConfig,
+    params: Params,
+    encoded: Encoded,
+    score: str,
+    mask: Mask,
+    tokens: str = "all",
+    sequential: bool = True,
+) -> Params:
+    """Returns params pruned by a score; `mask` turns a linear's score into what stays of it.
+
+    Sequential statistics see the layers before already pruned, as the published pruners do; one-shot
+    statistics are the dense model's, so that one pass serves every allocation.
+    """
+    chosen = _score(score)
+
+    def transform(index: int, layer: Params, stats: LayerStatistics) -> Params:
+        scores = {name: chosen(_linear(layer, name), stats[name]) for name in LINEARS}
+        return _mask_layer(layer, {name: mask(index, name, value) for name, value in scores.items()})
+
+    if sequential:
+        return calibrate.transform_layers(config, params, encoded, transform, tokens)
+    stats = calibrate.statistics(config, params, encoded, tokens)
+    layers = {f"layers_{i}": transform(i, params["text"][f"layers_{i}"], s) for i, s in enumerate(stats)}
+    return params | {"text": params["text"] | layers}
+
+
+def rank_model(config: LlavaConfig, params: Params, stats: Sequence[LayerStatistics], score: str) -> Ranks:
+    """Returns every prunable weight's rank within its output: computed once, it serves every plan."""
+    ranked = jax.jit(lambda weight, x_sq: rank(_score(score)(weight, x_sq)))
+    return tuple(
+        {name: ranked(_linear(params["text"][f"layers_{i}"], name), layer[name]) for name in LINEARS}
+        for i, layer in enumerate(stats)
+    )
+
+
+def masked(params: Params, ranks: Ranks, drops: Int[Array, "l 7"]) -> Params:
+    """Returns params with the drops[l, i] lowest weights of every output of linear i zero; drops may be traced."""
+    return apply_masks(
+        params,
+        [
+            {name: drop_lowest(layer[name], drops[index, i]) for i, name in enumerate(LINEARS)}
+            for index, layer in enumerate(ranks)
+        ],
+    )
+
+
+def apply_plan(config: LlavaConfig, params: Params, ranks: Ranks, plan: Plan) -> Params:
+    """Returns params with the plan's counts dropped; a linear that drops nothing stays the same object."""
+    plan.check(config.text)
+    return apply_masks(
+        params,
+        [
+            {name: drop_lowest(layer[name], count) if count else None for name, count in chosen.drop.items()}
+            for layer, chosen in zip(ranks, plan.layers, strict=True)
+        ],
+    )
+
+
+def uniform_drop(config: LlavaConfig, ratio: float) -> dict[str, int]:
+    """Returns the same ratio for every linear, as counts: int(inputs * ratio) a row."""
+    return {name: int(config.text.linear_shape(name)[0] * ratio) for name in LINEARS}
+
+
+def _part(name: str) -> str:
+    return "attn" if name in ("q", "k", "v", "o") else "mlp"
+
+
+def _linear(layer: Params, name: str) -> Float[Array, "in out"]:
+    return layer[_part(name)][name]["kernel"]
+
+
+def _mask_layer(layer: Params, masks: LayerMasks) -> Params:
+    """Returns the layer with masked kernels zero; only dicts on the way to a masked kernel are new."""
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        part, kernel = _part(name), _linear(layer, name)
+        pruned = {"kernel": jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))}
+        layer = layer | {part: layer[part] | {name: layer[part][name] | pruned}}
+    return layer
+
+
+def _score(name: str):
+    if name not in SCORES:
+        raise InputError(f"score: got {name!r}, expected one of {', '.join(SCORES)}")
+    return SCORES[name]

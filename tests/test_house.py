@@ -1,0 +1,105 @@
+"""What holds the house: who may import whom, and a README whose tree is the tree."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "lmmjax", "convert", "search")
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "lmmjax": {"lmmjax", "kernels"},
+    "convert": {"convert", "lmmjax", "kernels"},
+    "search": {"search", "lmmjax", "kernels"},
+}
+NEVER = {
+    "kernels": {"transformers", "torch", "optuna", "orbax", "optax", "easy_vqa"},
+    "lmmjax": {"torch", "optuna"},
+    "convert": {"optuna"},
+    "search": {"torch", "transformers"},
+}
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"no modules in {package}"
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names of all imports in a file, those inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    for path in modules(package):
+        for name in imported(path):
+            top = name.split(".")[0]
+            where = f"{path.relative_to(ROOT)} imports {name}"
+            assert top not in PACKAGES or top in MAY_IMPORT[package], where
+            assert top not in NEVER[package], where
+            assert not name.startswith("transformers.models."), f"{where}: model code"
+
+
+def test_no_package_hides_below_tests():
+    """tests/kernels/__init__.py would shadow the real package."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
+def expected_tree() -> str:
+    """The README's tree: every module with the first line of its docstring."""
+    lines = []
+    for package in PACKAGES:
+        for path in modules(package):
+            first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+            assert first.endswith((".", ":")), f"{path}: its docstring's first line is its line in the README's tree"
+            inside = path.relative_to(ROOT / package)
+            name = f"{inside.parent}/" if inside.name == "__init__.py" and inside.parent != Path() else str(inside)
+            if str(inside) == "__init__.py":
+                lines.append(f"{package + '/':<24}{first}")
+            else:
+                lines.append(f"{'  ' * len(inside.parts) + name:<24}{first}")
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_the_tree():
+    shown = re.search(r"<!-- tree -->\n```\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown
+    assert shown[1] == expected_tree(), f"README.md's tree should be\n{expected_tree()}"
+
+
+def test_the_readme_names_only_files_that_exist():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_another_distribution_named_kernels_is_said_in_one_line(tmp_path):
+    info = tmp_path / "kernels-0.9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "lmmjax.generate", "--prompt", "hello"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "'kernels' 0.9.0" in run.stderr

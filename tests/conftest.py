@@ -1,0 +1,41 @@
+"""What tests of several packages share: random tiny checkpoints, written without torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_checkpoints import hf_config, random_tensors, write_hf
+
+from convert import hf
+
+# Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that writes a random Hugging Face LLaVA checkpoint and returns its directory.
+
+    `hf_checkpoint()` has 4 tokens an image (28 pixels, patch 14, image token 3), a tower of 3 layers, a decoder
+    of 2 layers with 4 query and 2 kv heads, 264 vocabulary rows and a context of 128; a tokenizer of single
+    bytes, a chat template and an image preprocessor. Keyword arguments: `layout` (a key of
+    tiny_checkpoints.LAYOUTS), `dtype`, `seed`, `shards`, and changes of config.json (`text={...}`,
+    `vision={...}`, top-level attributes). Tests that damage it copy it first.
+    """
+
+    def write(layout: str = "hub", dtype: str = "float32", seed: int = 0, shards: int = 1, **changes) -> Path:
+        directory = tmp_path_factory.mktemp("hf") / "model"
+        config = hf_config(**changes)
+        write_hf(directory, config, random_tensors(config, seed, dtype), layout=layout, shards=shards)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def checkpoint(hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an lmmjax checkpoint: `hf_checkpoint()`, converted. Read only; `lmmjax.checkpoint.load` it."""
+    target = tmp_path_factory.mktemp("lmmjax") / "model"
+    hf.convert(hf_checkpoint(), target)
+    return target

@@ -67,7 +67,8 @@ def writer(path: Path, config: bytes, carried: Iterable[Path], plan: Plan | None
         (temporary / "config.json").write_bytes(config)
         for file in carried:
             shutil.copyfile(file, temporary / file.name)
-        (temporary / "lmmjax.json").write_text(json.dumps(_about(leaves.dtypes, plan), indent=1))
+        about = {**_about(leaves.dtypes, plan), "weights": _sizes(temporary)}
+        (temporary / "lmmjax.json").write_text(json.dumps(about, indent=1))
 
 
 def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
@@ -79,7 +80,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
         InputError: not a checkpoint, half of one, or one of a newer format.
     """
     path = Path(path)
-    about = _read_about(path)
+    about = _require_whole(path)
     config = from_hf(read_json(path / "config.json"))
     cast = dtype or ("float32" if jax.default_backend() == "cpu" else None)
     params = weights.read_tree(path / "params", cast, jax.devices()[0])
@@ -96,7 +97,7 @@ def save(path: str | Path, params: Params, *, like: Path, plan: Plan | None) -> 
     Raises:
         InputError: `path` exists, or `like` is no checkpoint.
     """
-    _read_about(like)
+    _require_whole(like)
     stored = weights.leaves(like / "params")
     with writer(Path(path), (like / "config.json").read_bytes(), carried_files(like), plan) as leaves:
         for name, leaf in flatten_dict(params, sep=".").items():
@@ -162,8 +163,9 @@ def _converted_once(source: Path) -> Path:
     # A subprocess, because lmmjax does not import convert: the arrow points the other way.
     command = [sys.executable, "-m", "convert.hf", str(source), str(target)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if not target.exists():  # it may also exist because another process was faster
-        raise InputError(f"--model: the embedded model was not converted: {done.stderr.strip().splitlines()[-1:]}")
+        raise InputError(f"--model: the embedded model was not converted ({reason})")
     return target
 
 
@@ -183,7 +185,7 @@ def _version(name: str) -> str:
         return "not installed"  # lmmjax runs from a source tree too
 
 
-def _read_about(path: Path) -> Mapping[str, Any]:
+def _require_whole(path: Path) -> Mapping[str, Any]:
     if not (path / "lmmjax.json").exists():
         raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
     about = read_json(path / "lmmjax.json")
@@ -191,7 +193,14 @@ def _read_about(path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
         )
+    if _sizes(path) != about.get("weights"):
+        raise InputError(f"{path} is no whole checkpoint: files of params/ are missing or cut short; convert it again")
     return about
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    entries = sorted((path / "params").rglob("*"))
+    return {str(entry.relative_to(path)): entry.stat().st_size for entry in entries if entry.is_file()}
 
 
 def _narrowed(leaf: np.ndarray, dtype: Any) -> np.ndarray:

@@ -28,7 +28,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     _sync(path.parent)
 

@@ -1,0 +1,100 @@
+"""Hugging Face -> lmmjax: python -m convert.hf SRC DST."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from convert import original
+from convert.fit import DTYPES, assign, checked
+from convert.names import EMBEDDING, LM_HEAD, slots
+from convert.source import Material, Source, open_source
+from lmmjax import checkpoint
+from lmmjax.config import from_hf
+from lmmjax.errors import InputError, exit_code
+
+
+def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Path | None = None) -> None:
+    """Writes the lmmjax checkpoint `target` from a Hugging Face or original LLaVA checkpoint directory.
+
+    One tensor after the other is read, and about a layer is held at a time. Without `dtype` every tensor keeps
+    its own. `vision` is the CLIP directory of an original checkpoint that does not contain its tower.
+
+    Raises:
+        InputError: the config, the weights or the target cannot be used; nothing is left behind then.
+    """
+    if target.exists():
+        raise InputError(f"DST: {target} exists; expected a name that is free: remove it or choose another")
+    with tempfile.TemporaryDirectory() as scratch:
+        material = _gather(source, vision, Path(scratch))
+        config = from_hf(json.loads(material.config))
+        names = assign(config, material.weights.tensors)
+        if config.text.tied:
+            _require_equal_copy(material.weights, names)
+        with checkpoint.writer(target, material.config, material.carried) as leaves:
+            for slot in tqdm(slots(config), desc="convert", unit="tensor", file=sys.stderr):
+                leaves.add(slot.leaf, checked(slot, material.weights.read(names[slot.name]), dtype))
+
+
+def locate(source: str, revision: str | None = None) -> Path:
+    """Returns the local directory of SRC: itself, or a snapshot of that model on the hub (downloaded once).
+
+    Raises:
+        InputError: neither a directory nor a model that can be had.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"SRC: there is no directory {source}; expected one, or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.bin", "merges.txt", "LICENSE"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # offline, unknown, gated: the hub's client has a class for each
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise InputError(f"SRC: {source} is no directory here and cannot be had from the hub ({reason})") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.hf", description="Convert a Hugging Face or original LLaVA checkpoint to lmmjax."
+    )
+    parser.add_argument("source", metavar="SRC", help="a directory, or a model on the hub: llava-hf/llava-1.5-7b-hf")
+    parser.add_argument("target", metavar="DST", type=Path, help="the lmmjax checkpoint, a directory to be made")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: each keeps its own")
+    parser.add_argument("--vision", metavar="DIR", help="the CLIP tower of an original LLaVA without one")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        vision = locate(args.vision) if args.vision else None
+        convert(locate(args.source, args.revision), args.target, dtype=args.dtype, vision=vision)
+        return 0
+
+    return exit_code(command)
+
+
+def _gather(source: Path, vision: Path | None, scratch: Path) -> Material:
+    raw = checkpoint.read_json(source / "config.json")
+    if original.is_original(raw):
+        return original.gather(source, raw, vision, scratch)
+    if vision is not None:
+        raise InputError(f"--vision: {source} is in Hugging Face's layout and holds its own tower; leave it out")
+    from_hf(raw)  # before the weights are looked for, so that another architecture is called that
+    carried = checkpoint.carried_files(source)
+    return Material((source / "config.json").read_bytes(), carried, open_source(source))
+
+
+def _require_equal_copy(weights: Source, names: dict[str, str]) -> None:
+    """A tied head that was saved a second time must be the embedding, or the model is not what it says."""
+    if LM_HEAD in names and not np.array_equal(weights.read(names[LM_HEAD]), weights.read(names[EMBEDDING])):
+        raise InputError(f"{names[LM_HEAD]} differs from the embedding, but config.json says they are tied")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

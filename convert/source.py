@@ -1,0 +1,136 @@
+"""Tensors on disk, read one at a time: safetensors or pytorch .bin, in one file or in shards."""
+
+import abc
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from convert.names import Shape
+from lmmjax.checkpoint import read_json
+from lmmjax.errors import InputError
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Source(abc.ABC):
+    """One file of tensors. `tensors` is {name: (shape, dtype)}, known before any weight is read."""
+
+    tensors: dict[str, tuple[Shape, str]]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class Safetensors(Source):
+    """A safetensors file. It is opened anew for every tensor: one mapping would count, page by page, as memory."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        try:
+            with safe_open(file, framework="np") as opened:
+                self.tensors = {name: _described(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
+
+    def read(self, name: str) -> np.ndarray:
+        with safe_open(self._file, framework="np") as opened:
+            return opened.get_tensor(name)
+
+
+class TorchFile(Source):
+    """A pytorch .bin file, mapped into memory and unpickled with nothing but tensors allowed."""
+
+    def __init__(self, file: Path):
+        self._tensors = _torch_load(file)
+        self.tensors = {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach().contiguous()
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+class Shards(Source):
+    """Several sources as one."""
+
+    def __init__(self, parts: Iterable[Source]):
+        self._owners = {name: part for part in parts for name in part.tensors}
+        self.tensors = {name: part.tensors[name] for name, part in self._owners.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._owners[name].read(name)
+
+
+class Renamed(Source):
+    """Some tensors of a source under other names: {new name: old name}."""
+
+    def __init__(self, source: Source, names: Mapping[str, str]):
+        self._source, self._names = source, names
+        self.tensors = {new: source.tensors[old] for new, old in names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self._names[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """All that a conversion starts from: the text of config.json, files to carry along, and the weights."""
+
+    config: bytes
+    carried: list[Path]
+    weights: Source
+
+
+def open_source(directory: Path) -> Source:
+    """Returns the weights in a directory; safetensors are preferred where both formats are there.
+
+    Raises:
+        InputError: no weights, a missing or damaged shard, or a .bin without torch to read it.
+    """
+    for name, kind in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchFile)):
+        if (directory / f"{name}.index.json").exists():
+            return Shards(kind(file) for file in _shards(directory / f"{name}.index.json"))
+        if (directory / name).exists():
+            return kind(directory / name)
+    raise InputError(f"{directory} holds no weights; expected model.safetensors or pytorch_model.bin, or their index")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map; expected the index of a sharded checkpoint")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if absent := [shard.name for shard in shards if not shard.exists()]:
+        raise InputError(f"{index.parent}: missing {', '.join(absent)}, named in {index.name}; download again")
+    return shards
+
+
+def _described(part: Any) -> tuple[Shape, str]:
+    dtype = str(part.get_dtype())
+    return tuple(part.get_shape()), _DTYPES.get(dtype, dtype)
+
+
+def _torch_load(file: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{file} needs torch to be read: pip install torch, or get safetensors instead") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on storages
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise InputError(f"{file} cannot be read safely ({reason}); download it again or get safetensors") from error

@@ -39,7 +39,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """A Llama / Vicuna decoder; `kv_heads < heads` is grouped-query attention."""
+    """A Llama / Vicuna / Mistral decoder; `kv_heads < heads` is grouped-query attention."""
 
     vocab: int
     width: int
@@ -83,19 +83,40 @@ _INERT = frozenset(
     "transformers_version architectures output_hidden_states output_attentions return_dict dtype torch_dtype "
     "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type _name_or_path initializer_range "
     "initializer_factor use_cache pad_token_id bos_token_id eos_token_id attention_dropout pretraining_tp "
-    "projection_dim model_type ignore_index _attn_implementation_autoset".split()
+    "projection_dim model_type ignore_index _attn_implementation_autoset use_bfloat16 torchscript".split()
 )
+# What transformers 4 wrote into every part and 5 no longer knows; harmless at these values.
+_LEGACY = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_decoder": False,
+    "tie_encoder_decoder": False,
+    "tf_legacy_loss": False,
+    "prune_heads": {},
+    "pruned_heads": {},
+    "finetuning_task": None,
+    "task_specific_params": None,
+    "tokenizer_class": None,
+    "prefix": None,
+    "sep_token_id": None,
+    "dropout": 0.0,
+}
 _VISION = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size num_channels "
     "hidden_act layer_norm_eps vocab_size".split()
 )
 _TEXT = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings rope_parameters rms_norm_eps tie_word_embeddings".split()
+    "max_position_embeddings rope_parameters rms_norm_eps tie_word_embeddings sliding_window".split()
 )
 _LLAVA = frozenset(
     "vision_config text_config image_token_index image_token_id image_seq_length vision_feature_layer "
-    "vision_feature_select_strategy projector_hidden_act multimodal_projector_bias tie_word_embeddings".split()
+    "vision_feature_select_strategy projector_hidden_act multimodal_projector_bias tie_word_embeddings "
+    "vocab_size".split()
+)
+_COUNTS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads image_size "
+    "patch_size num_channels max_position_embeddings".split()
 )
 
 
@@ -107,12 +128,10 @@ def from_hf(raw: Mapping[str, Any]) -> LlavaConfig:
     Raises:
         InputError: an attribute is neither handled nor at its default, or a value is out of range; names all.
     """
-    from transformers import LlavaConfig as HFLlava  # configuration classes only: no torch, no model code
-
     if raw.get("model_type") != "llava":
         raise InputError(f"config.json: model_type is {raw.get('model_type')!r}; expected 'llava' (LLaVA 1.5)")
     _require_types(raw)
-    full, default = HFLlava(**raw).to_dict(), HFLlava().to_dict()
+    full, default = _filled(raw), _filled({})
     vision, text = full["vision_config"], full["text_config"]
     problems = [
         *_unhandled("", full, default, _LLAVA),
@@ -132,11 +151,22 @@ def from_hf(raw: Mapping[str, Any]) -> LlavaConfig:
 
 
 def _require_types(raw: Mapping[str, Any]) -> None:
-    """Checks the parts' types before transformers does, whose own error would be a stack trace."""
-    for part, known in (("vision_config", "clip_vision_model"), ("text_config", "llama")):
-        got = (raw.get(part) or {}).get("model_type", known)
-        if got != known:
-            raise InputError(f"config.json: {part}.model_type is {got!r}; expected {known!r}")
+    """Refuses other architectures. Mistral is a Llama up to its sliding window (see `_text`)."""
+    for part, known in (("vision_config", ("clip_vision_model",)), ("text_config", ("llama", "mistral"))):
+        settings = raw.get(part) or {}
+        got = settings.get("model_type", known[0]) if isinstance(settings, Mapping) else settings
+        if got not in known:
+            raise InputError(f"config.json: {part}.model_type is {got!r}; expected {' or '.join(known)}")
+
+
+def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config with the library's defaults filled in, in the spelling of its current version."""
+    from transformers import LlavaConfig as HFLlava  # configuration classes only: no torch, no model code
+
+    try:
+        return HFLlava(**raw).to_dict()
+    except Exception as error:  # its validators raise many kinds, each over several lines
+        raise InputError(f"config.json: {' '.join(str(error).split())}") from error
 
 
 def _unhandled(prefix: str, got: Mapping, default: Mapping, handled: frozenset[str]) -> list[str]:
@@ -144,11 +174,15 @@ def _unhandled(prefix: str, got: Mapping, default: Mapping, handled: frozenset[s
     return [
         f"{prefix}{name} = {value!r} is not handled"
         for name, value in got.items()
-        if name not in handled and name not in _INERT and value != default.get(name, missing)
+        if name not in handled and name not in _INERT and value != default.get(name, _LEGACY.get(name, missing))
     ]
 
 
 def _out_of_range(full: Mapping, vision: Mapping, text: Mapping) -> list[str]:
+    parts = {"vision_config": vision, "text_config": text}
+    counts = {f"{part}.{name}": settings[name] for part, settings in parts.items() for name in _COUNTS & set(settings)}
+    if small := [f"{name} = {count}, expected at least 1" for name, count in counts.items() if count < 1]:
+        return small
     rope = text["rope_parameters"]
     strategy, act = full["vision_feature_select_strategy"], full["projector_hidden_act"]
     checks = [
@@ -157,6 +191,7 @@ def _out_of_range(full: Mapping, vision: Mapping, text: Mapping) -> list[str]:
         (strategy in ("default", "full"), f"vision_feature_select_strategy = {strategy!r}, expected default or full"),
         (act in ACTIVATIONS, f"projector_hidden_act = {act!r}, expected one of {', '.join(ACTIVATIONS)}"),
         (vision["hidden_act"] in ACTIVATIONS, f"vision_config.hidden_act = {vision['hidden_act']!r} is not handled"),
+        (full.get("vocab_size") in (None, text["vocab_size"]), "vocab_size is not that of text_config"),
         (vision["image_size"] % vision["patch_size"] == 0, "vision_config.image_size is no multiple of patch_size"),
         (text["num_attention_heads"] % text["num_key_value_heads"] == 0, "query heads are no multiple of kv heads"),
     ]
@@ -186,20 +221,25 @@ def _vision(full: Mapping, vision: Mapping) -> VisionConfig:
 
 
 def _text(full: Mapping, text: Mapping) -> TextConfig:
-    heads = text["num_attention_heads"]
+    # Attention through a sliding window is plain attention as long as everything is inside the window.
+    window = text.get("sliding_window") or text["max_position_embeddings"]
     return TextConfig(
         vocab=text["vocab_size"],
         width=text["hidden_size"],
         ffn=text["intermediate_size"],
         layers=text["num_hidden_layers"],
-        heads=heads,
+        heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
-        head_dim=text["head_dim"] or text["hidden_size"] // heads,
-        context=text["max_position_embeddings"],
+        head_dim=_head_dim(text),
+        context=min(text["max_position_embeddings"], window),
         rope_theta=float(text["rope_parameters"].get("rope_theta", 10000.0)),
         eps=text["rms_norm_eps"],
         tied=bool(full["tie_word_embeddings"] or text["tie_word_embeddings"]),
     )
+
+
+def _head_dim(text: Mapping) -> int:
+    return text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
 
 
 def _image_token(full: Mapping) -> int:

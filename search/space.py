@@ -35,6 +35,12 @@ class Candidate(NamedTuple):
         return Plan(tuple(layers), **settings)
 
 
+def dense(layers: int) -> Candidate:
+    """Returns the allocation that compresses nothing."""
+    bits = np.full(layers, 16, np.int32)
+    return Candidate(np.zeros((layers, len(LINEARS)), np.int32), bits, bits)
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """Every point is a wish; `candidate` projects it onto both budgets.

@@ -1,0 +1,97 @@
+"""The objective: one program for every candidate, and the numbers that the deployed model gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import CONFIG, encoded
+
+from lmmjax import calibrate, llava, prune
+from lmmjax.cache import empty_cache
+from lmmjax.plan import CacheFormat
+from search.budget import WeightBudget
+from search.cache_budget import CacheBudget
+from search.objective import OBJECTIVES, Evaluator
+from search.space import Space, dense
+
+FORM = CacheFormat(group=8)
+LAYERS = CONFIG.text.layers
+
+
+@pytest.fixture(scope="module")
+def params():
+    return llava.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def ranks(params):
+    return prune.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(8, seed=1)), "lognorm")
+
+
+@pytest.fixture(scope="module")
+def space():
+    return Space(WeightBudget(CONFIG.text, 0.5), CacheBudget(CONFIG.text, 0.5, 64, FORM), "linear")
+
+
+def candidates(space: Space, count: int):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield space.candidate({name: rng.uniform(d.low, d.high) for name, d in space.distributions.items()})
+
+
+def test_five_plans_take_one_trace(params, ranks, space):
+    evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(10), batch=4)
+    results = [evaluator(candidate) for candidate in candidates(space, 5)]
+    assert evaluator.traces == 1
+    assert len({result.kl for result in results}) == 5
+
+
+def test_the_dense_model_does_not_stray_from_itself(params, ranks):
+    result = Evaluator(CONFIG, params, ranks, FORM, encoded(6))(dense(LAYERS))
+    assert result.kl == 0
+    assert result.nll > 0
+
+
+def test_a_candidate_is_judged_as_its_checkpoint_behaves(params, ranks, space):
+    """The same numbers from the pruned weights and the packed cache, without the search's parts."""
+    data = encoded(6)
+    candidate = next(candidates(space, 1))
+    result = Evaluator(CONFIG, params, ranks, FORM, data, batch=4)(candidate)
+    plan = candidate.plan(cache=FORM)
+    reference = predictions(params, dense(LAYERS).plan(cache=FORM), data)
+    predicted = predictions(prune.apply_plan(CONFIG, params, ranks, plan), plan, data)
+    for row in range(6):
+        at = np.flatnonzero(data.is_answer[row])
+        targets = data.tokens[row, at]
+        p, q = reference[row, at - 1], predicted[row, at - 1]
+        assert result.sums.kl[row] == pytest.approx((np.exp(p) * (p - q)).sum(), abs=1e-4)
+        assert result.sums.nll[row] == pytest.approx(-q[np.arange(len(at)), targets].sum(), abs=1e-4)
+        assert result.sums.tokens[row] == len(at)
+        assert bool(result.sums.correct[row]) == bool((q.argmax(-1) == targets).all())
+
+
+def predictions(params, plan, data) -> np.ndarray:
+    @jax.jit
+    def run(params):
+        x = llava.embed(CONFIG, params, data.tokens, llava.encode_images(CONFIG, params, data.pixels))
+        cache = empty_cache(CONFIG.text, plan, *x.shape[:2])
+        states, _ = llava.extend(CONFIG, params, cache, x, jnp.asarray(data.lengths))
+        return jax.nn.log_softmax(llava.logits(CONFIG, params, states), axis=-1)
+
+    return np.asarray(run(params))
+
+
+def test_other_ranks_prune_otherwise_in_the_same_program(params, ranks, space):
+    evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(4))
+    candidate = next(candidates(space, 1))
+    reverse = jax.tree.map(lambda rank: rank.shape[0] - 1 - rank, ranks)
+    assert evaluator(candidate, reverse).kl != evaluator(candidate).kl
+    assert evaluator.traces == 1
+
+
+def test_objectives_fall_as_the_model_gets_better(params, ranks, space):
+    evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(6), tokens="text")
+    good, bad = evaluator(dense(LAYERS)), evaluator(next(candidates(space, 1)))
+    assert OBJECTIVES["kl"](good) < OBJECTIVES["kl"](bad)
+    for name, of in OBJECTIVES.items():
+        assert np.isfinite(of(bad)), name

@@ -1,0 +1,193 @@
+"""Tokens from a prompt: two compiled programs, prefill and decode. Knows nothing of text.
+
+Both take a batch of unequal prompts, padded on the right; a row's tokens are those it would get alone. What
+changes from call to call (prompts, lengths, sampling, how far to decode) is data: only shapes compile.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+
+from kernels import attend
+from lmmjax import llava
+from lmmjax.cache import Cache, empty_cache
+from lmmjax.config import LlavaConfig
+from lmmjax.errors import InputError
+from lmmjax.llava import Params
+from lmmjax.plan import Plan, uniform
+from lmmjax.prompt import bucket
+from lmmjax.sample import GREEDY, Sampling, sample
+
+
+class State(struct.PyTreeNode):
+    """A batch of answers in the making.
+
+    Row b has written answer[b, :counts[b]]; its prompt and all of these but the last are in the cache. It may
+    write limits[b] tokens, and is done when it has, or has written one of `eos`.
+    """
+
+    cache: Cache
+    answer: Int[Array, "b s"]
+    counts: Int[Array, "b"]
+    limits: Int[Array, "b"]
+    done: Bool[Array, "b"]
+    keys: Key[Array, "b"]
+    sampling: Sampling
+    eos: Int[Array, "ends"]
+
+
+encode_images = jax.jit(llava.encode_images, static_argnums=0)
+"""The vision program: (config, params, pixels (n, c, y, x)) -> embeddings (n, p, e)."""
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames="state")
+def prefill(
+    config: LlavaConfig,
+    params: Params,
+    state: State,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    images: Float[Array, "n p e"] | None,
+    backend: str | None = None,
+) -> State:
+    """Returns the state with the prompts in its cache and the first token of every answer. Consumes `state`."""
+    # Padding is no image, whatever id it is made of.
+    tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
+    x = llava.embed(config, params, tokens, images)
+    states, cache = llava.extend(config, params, state.cache, x, lengths, backend)
+    last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _write(state.replace(cache=cache), llava.logits(config, params, last))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames="state")
+def decode(
+    config: LlavaConfig, params: Params, state: State, steps: Int[Array, ""] | int, backend: str | None = None
+) -> State:
+    """Returns the state after `steps` more tokens a row, or when all rows are done. Consumes `state`."""
+
+    def goes_on(carry: tuple[Array, State]) -> Bool[Array, ""]:
+        step, state = carry
+        return (step < steps) & ~state.done.all()
+
+    def advance(carry: tuple[Array, State]) -> tuple[Array, State]:
+        step, state = carry
+        last = jnp.take_along_axis(state.answer, state.counts[:, None] - 1, axis=1)
+        x = llava.embed(config, params, last, None)
+        states, cache = llava.extend(config, params, state.cache, x, jnp.where(state.done, 0, 1), backend)
+        return step + 1, _write(state.replace(cache=cache), llava.logits(config, params, states[:, 0]))
+
+    return jax.lax.while_loop(goes_on, advance, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def start(
+    config: LlavaConfig,
+    params: Params,
+    tokens: Int[ArrayLike, "b t"],
+    lengths: Int[ArrayLike, "b"],
+    images: Float[Array, "n p e"] | None = None,
+    *,
+    max_tokens: int,
+    plan: Plan | None = None,
+    sampling: Sampling = GREEDY,
+    keys: Key[Array, "b"] | None = None,
+    eos: Sequence[int] = (),
+    backend: str | None = None,
+) -> State:
+    """Returns the state after the prompts, with the first token of every answer.
+
+    Args:
+        tokens, lengths: prompts padded on the right (see `prompt.pad`), and how many tokens of each row count.
+        images: all of the batch's images in order of appearance, from `encode_images`.
+        max_tokens: at most so many a row; the context's end also ends an answer.
+        plan: its cache formats; None keeps a dense cache in the weights' dtype.
+        sampling, keys: how tokens are drawn, and a key a row where the temperature is not 0.
+        eos: tokens that end an answer.
+        backend: of attention, see `kernels.attend`.
+
+    Raises:
+        InputError: a prompt does not fit the context, or its image tokens are not as many as the images give.
+    """
+    tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+    _check_prompts(config, tokens, lengths, images)
+    batch, t = tokens.shape
+    capacity = cache_capacity(config, t, max_tokens)
+    dtype = None if plan else str(params["text"]["embedding"].dtype)
+    limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - lengths)
+    state = State(
+        cache=empty_cache(config.text, plan or uniform(config.text), batch, capacity, dtype),
+        answer=jnp.zeros((batch, capacity), jnp.int32),
+        counts=jnp.zeros(batch, jnp.int32),
+        limits=jnp.asarray(limits, jnp.int32),
+        done=jnp.asarray(limits < 1),
+        # Copies, for the programs consume the state, and the caller may use these again.
+        keys=jax.random.split(jax.random.key(0), batch) if keys is None else jnp.copy(keys),
+        sampling=sampling.typed(),
+        eos=jnp.array(eos, jnp.int32),
+    )
+    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return prefill(config, params, state, tokens, lengths, images, backend)
+
+
+def generate(
+    config: LlavaConfig,
+    params: Params,
+    tokens: Int[ArrayLike, "b t"],
+    lengths: Int[ArrayLike, "b"],
+    images: Float[Array, "n p e"] | None = None,
+    *,
+    backend: str | None = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """Returns the whole answer of every row, its ending token included. Arguments are those of `start`."""
+    state = start(config, params, tokens, lengths, images, backend=backend, **settings)
+    return answers(decode(config, params, state, state.answer.shape[1], backend))
+
+
+def answers(state: State) -> list[list[int]]:
+    """Returns what every row has written so far."""
+    rows, counts = np.asarray(state.answer), np.asarray(state.counts)
+    return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
+
+
+def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:
+    """Returns the tokens that the cache has room for: few different numbers, so that programs are shared."""
+    return min(bucket(t + max_tokens), max(t, config.text.context))
+
+
+def backends(config: LlavaConfig, cache: Cache, t: int, name: str | None = None) -> tuple[str, ...]:
+    """Returns which attention backends run, over all layers, when t tokens a row are appended to this cache."""
+    q = jax.ShapeDtypeStruct((cache.lengths.shape[0], config.text.heads, t, config.text.head_dim), jnp.float32)
+    rest = (cache.lengths, cache.lengths, None, cache.round_own, config.text.head_dim**-0.5)
+    chosen = (attend.choose(name, q, keys, values, *rest) for keys, values in cache.layers)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _write(state: State, logits: Float[Array, "b v"]) -> State:
+    """Returns the state with one more token in every row that is not done."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.counts)
+    token = sample(logits, keys, state.sampling)
+    at = jnp.where(state.done, state.answer.shape[1], state.counts)
+    counts = state.counts + jnp.where(state.done, 0, 1)
+    return state.replace(
+        answer=state.answer.at[jnp.arange(at.size), at].set(token, mode="drop"),
+        counts=counts,
+        done=state.done | jnp.isin(token, state.eos) | (counts >= state.limits),
+    )
+
+
+def _check_prompts(config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray, images: Array | None) -> None:
+    if lengths.min() < 1 or lengths.max() > min(tokens.shape[1], config.text.context):
+        raise InputError(
+            f"prompts: got {lengths.min()} to {lengths.max()} tokens; expected 1 to the context of"
+            f" {config.text.context}, in an array {tokens.shape[1]} wide"
+        )
+    found = int(((tokens == config.image_token) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum())
+    given = 0 if images is None else images.shape[0] * images.shape[1]
+    if found != given:
+        raise InputError(f"prompts: {found} image tokens, but the images make {given}")

@@ -1,0 +1,178 @@
+"""Generation: what a batch, a stride, a store or a bucket may not change, and what may not compile twice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small import CONFIG, encoded
+
+from lmmjax import engine, llava
+from lmmjax.errors import InputError
+from lmmjax.plan import CacheFormat, LayerPlan, Plan
+from lmmjax.prompt import pad
+from lmmjax.sample import Sampling
+
+PLANS = {
+    "dense": None,
+    "mixed": Plan((LayerPlan(4, 2), LayerPlan(16, 8)), cache=CacheFormat(group=4, window=4, dtype="float32")),
+}
+
+
+@pytest.fixture(scope="module")
+def params() -> llava.Params:
+    return llava.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def images(params: llava.Params) -> jax.Array:
+    return engine.encode_images(CONFIG, params, encoded(3).pixels)
+
+
+def prompts() -> list[list[int]]:
+    """Returns three prompts of unequal lengths, each with the four tokens of one image."""
+    samples = encoded(3)
+    return [row[:length].tolist() for row, length in zip(samples.tokens, (7, 12, 10), strict=True)]
+
+
+@jax.jit
+def next_token(params: llava.Params, tokens: jax.Array, length: jax.Array, image: jax.Array) -> jax.Array:
+    """Returns the greedy token after the first `length`, with no cache and no loop: the whole forward pass."""
+    x = llava.embed(CONFIG, params, tokens[None], image[None])
+    mask = jnp.tril(jnp.ones((1, tokens.size, tokens.size), bool))
+    states = llava.forward(CONFIG, params, x, jnp.arange(tokens.size)[None], mask)
+    return llava.logits(CONFIG, params, states[0, length - 1]).argmax()
+
+
+def by_hand(params: llava.Params, prompt: list[int], image: jax.Array, count: int) -> list[int]:
+    """Returns the greedy answer, one whole forward pass a token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(next_token(params, pad([tokens], to=24)[0][0], len(tokens), image)))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_answers_are_those_of_whole_forward_passes(params: llava.Params, images: jax.Array):
+    got = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=9)
+    assert got == [by_hand(params, prompt, image, 9) for prompt, image in zip(prompts(), images, strict=True)]
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0, 0.95)])
+def test_a_batch_of_unequal_prompts_answers_as_each_does_alone(
+    params: llava.Params, images: jax.Array, name: str, sampling: Sampling
+):
+    keys = jax.random.split(jax.random.key(4), 3)
+    settings = {"max_tokens": 20, "plan": PLANS[name], "sampling": sampling}
+    together = engine.generate(CONFIG, params, *pad(prompts()), images, keys=keys, **settings)
+    assert len({len(answer) for answer in together}) == 1
+    for row, prompt in enumerate(prompts()):
+        one = slice(row, row + 1)
+        alone = engine.generate(CONFIG, params, *pad([prompt]), images[one], keys=keys[one], **settings)
+        assert together[row] == alone[0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_strides_and_padding_change_nothing(params: llava.Params, images: jax.Array, name: str):
+    settings = {"max_tokens": 20, "plan": PLANS[name]}
+    whole = engine.generate(CONFIG, params, *pad(prompts()), images, **settings)
+    state = engine.start(CONFIG, params, *pad(prompts(), to=20), images, **settings)
+    for steps in (1, 2, 5, 100):
+        state = engine.decode(CONFIG, params, state, steps)
+    assert engine.answers(state) == whole
+    assert state.done.all()
+
+
+def test_an_answer_ends_with_its_end_and_leaves_the_others_alone(params: llava.Params, images: jax.Array):
+    free = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=20)
+    end = free[0][3]
+    ended = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=20, eos=(end,))
+    for answer, longer in zip(ended, free, strict=True):
+        assert answer == longer[: longer.index(end) + 1 if end in longer else None]
+    assert len(ended[0]) <= 4
+
+
+def test_decoding_stops_when_all_rows_are_done(params: llava.Params, images: jax.Array):
+    settings = {"max_tokens": 30}
+    first = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=1)
+    state = engine.start(CONFIG, params, *pad(prompts()), images, eos=[row[0] for row in first], **settings)
+    assert state.done.all()
+    state = engine.decode(CONFIG, params, state, 30)
+    assert engine.answers(state) == first
+    assert state.cache.lengths.tolist() == [7, 12, 10]
+
+
+def test_the_context_ends_an_answer(params: llava.Params, images: jax.Array):
+    got = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=1000)
+    # The last token is written, not read, so it needs no place.
+    assert [len(answer) for answer in got] == [CONFIG.text.context + 1 - n for n in (7, 12, 10)]
+    short = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, context=12))
+    assert [len(row) for row in engine.generate(short, params, *pad(prompts()), images, max_tokens=9)] == [6, 1, 3]
+
+
+def test_text_alone_needs_no_images(params: llava.Params):
+    got = engine.generate(CONFIG, params, [[5, 6, 7]], [3], max_tokens=4)
+    assert len(got[0]) == 4
+
+
+def test_padding_may_be_any_token(params: llava.Params, images: jax.Array):
+    whole = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=8)
+    padded = pad(prompts(), pad_id=CONFIG.image_token)
+    assert engine.generate(CONFIG, params, *padded, images, max_tokens=8) == whole
+
+
+def test_nothing_of_the_caller_is_consumed(params: llava.Params, images: jax.Array):
+    keys, sampling = jax.random.split(jax.random.key(1), 3), Sampling(jnp.float32(1.0), jnp.int32(3), jnp.float32(1.0))
+    settings = {"max_tokens": 5, "keys": keys, "sampling": sampling}
+    tokens, lengths = (jnp.asarray(x) for x in pad(prompts()))
+    once = engine.generate(CONFIG, params, tokens, lengths, images, **settings)
+    assert once == engine.generate(CONFIG, params, tokens, lengths, images, **settings)
+
+
+def test_the_state_is_given_up_to_its_successor(params: llava.Params, images: jax.Array):
+    state = engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8)
+    kept = state.cache.layers[0][0].values
+    engine.decode(CONFIG, params, state, 1)
+    assert kept.is_deleted()
+
+
+def test_other_prompts_of_the_same_bucket_trace_nothing(
+    params: llava.Params, images: jax.Array, monkeypatch: pytest.MonkeyPatch
+):
+    jax.clear_caches()
+    traces = []
+    extend = llava.extend
+    monkeypatch.setattr(llava, "extend", lambda *args: traces.append(args[3].shape) or extend(*args))
+    for cut in (0, 1, 2):
+        shorter = [prompt[: len(prompt) - cut] for prompt in prompts()]
+        for steps in (2, 7):
+            state = engine.start(
+                CONFIG,
+                params,
+                *pad(shorter),
+                images,
+                max_tokens=16 - cut,
+                sampling=Sampling(0.5 * cut, cut, 1 - 0.1 * cut),
+                eos=(cut,),
+            )
+            engine.decode(CONFIG, params, state, steps)
+    assert traces == [(3, 16, 32), (3, 1, 32)]
+
+
+def test_prompts_are_checked(params: llava.Params, images: jax.Array):
+    tokens, lengths = pad(prompts())
+    with pytest.raises(InputError, match="12 image tokens, but the images make 8"):
+        engine.start(CONFIG, params, tokens, lengths, images[:2], max_tokens=1)
+    with pytest.raises(InputError, match="12 image tokens, but the images make 0"):
+        engine.start(CONFIG, params, tokens, lengths, max_tokens=1)
+    with pytest.raises(InputError, match="expected 1 to the context of 64"):
+        engine.start(CONFIG, params, [[1] * 70], [65], max_tokens=1)
+    with pytest.raises(InputError, match="got 0 to 0 tokens"):
+        engine.start(CONFIG, params, [[1]], [0], max_tokens=1)
+
+
+def test_the_backends_that_ran_are_named(params: llava.Params, images: jax.Array):
+    state = engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, plan=PLANS["mixed"])
+    assert engine.backends(CONFIG, state.cache, 1) == ("reference",)
+    with pytest.raises(ValueError, match="expected one of"):
+        engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, backend="none such")

@@ -55,7 +55,8 @@ def checked(slot: Slot, array: np.ndarray, dtype: str | None) -> np.ndarray:
     """
     if not _finite(array):
         raise InputError(f"{slot.name} holds NaN or infinite weights; the source is damaged")
-    cast = array if dtype is None else array.astype(dtype)
+    with np.errstate(over="ignore"):  # told below, as an error
+        cast = array if dtype is None else array.astype(dtype)
     if cast is not array and not _finite(cast):
         raise InputError(f"{slot.name} holds weights too large for {dtype}; choose bfloat16 or float32")
     return np.ascontiguousarray(slot.to_ours(cast))

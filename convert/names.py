@@ -5,6 +5,7 @@ transformers 5 saves, what it holds in memory, and the original LLaVA's. `#` sta
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -85,6 +86,10 @@ class Slot:
     leaf: str
     shape: Shape
     rule: str
+
+    @property
+    def our_shape(self) -> Shape:
+        return self.shape if self.rule == SAME else (math.prod(self.shape[1:]), self.shape[0])
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         return array if self.rule == SAME else array.reshape(len(array), -1).T

@@ -80,7 +80,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
         InputError: not a checkpoint, half of one, or one of a newer format.
     """
     path = Path(path)
-    about = _require_whole(path)
+    about = describe(path)
     config = from_hf(read_json(path / "config.json"))
     cast = dtype or ("float32" if jax.default_backend() == "cpu" else None)
     params = weights.read_tree(path / "params", cast, jax.devices()[0])
@@ -97,11 +97,29 @@ def save(path: str | Path, params: Params, *, like: Path, plan: Plan | None) -> 
     Raises:
         InputError: `path` exists, or `like` is no checkpoint.
     """
-    _require_whole(like)
+    describe(like)
     stored = weights.leaves(like / "params")
     with writer(Path(path), (like / "config.json").read_bytes(), carried_files(like), plan) as leaves:
         for name, leaf in flatten_dict(params, sep=".").items():
             leaves.add(name, _narrowed(np.asarray(leaf), stored[name].dtype if name in stored else None))
+
+
+def describe(path: Path) -> Mapping[str, Any]:
+    """Returns what lmmjax.json says about a checkpoint.
+
+    Raises:
+        InputError: not a checkpoint, half of one, or one of a newer format.
+    """
+    if not (path / "lmmjax.json").exists():
+        raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
+    about = read_json(path / "lmmjax.json")
+    if not isinstance(about.get("format"), int) or about["format"] > FORMAT:
+        raise InputError(
+            f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
+        )
+    if _sizes(path) != about.get("weights"):
+        raise InputError(f"{path} is no whole checkpoint: files of params/ are missing or cut short; convert it again")
+    return about
 
 
 def resolve(model: str | None) -> Path:
@@ -183,19 +201,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"  # lmmjax runs from a source tree too
-
-
-def _require_whole(path: Path) -> Mapping[str, Any]:
-    if not (path / "lmmjax.json").exists():
-        raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
-    about = read_json(path / "lmmjax.json")
-    if not isinstance(about.get("format"), int) or about["format"] > FORMAT:
-        raise InputError(
-            f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
-        )
-    if _sizes(path) != about.get("weights"):
-        raise InputError(f"{path} is no whole checkpoint: files of params/ are missing or cut short; convert it again")
-    return about
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -147,3 +147,43 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
     "original": _original,
 }
 """How each layout spells a llava-hf name."""
+
+
+def original_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Returns what the original LLaVA would write for a config whose tower is given separately."""
+    return {
+        **{name: value for name, value in config["text_config"].items() if name != "model_type"},
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "somebody/clip",
+        "tune_mm_mlp_adapter": False,
+        **changes,
+    }
+
+
+def write_original(directory: Path, *, tower_inside: bool, dtype: str = "float32", **changes: Any) -> Path:
+    """Writes an original LLaVA checkpoint; returns the CLIP directory for --vision, written beside it."""
+    config = hf_config()
+    tensors = random_tensors(config, dtype=dtype)
+    outside = {} if tower_inside else {name: tensors[name] for name in tensors if name.startswith("vision_tower.")}
+    inside = {name: tensor for name, tensor in tensors.items() if name not in outside}
+    write_hf(directory, original_config(config, **changes), inside, layout="original")
+    (directory / "chat_template.jinja").unlink()
+    (directory / "preprocessor_config.json").unlink()
+    clip = directory.with_name("clip")
+    clip.mkdir()
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config["vision_config"]}))
+    (clip / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    text_half = {
+        "text_model.embeddings.token_embedding.weight": np.zeros((2, 2), np.float32),
+        "logit_scale": np.zeros(()),
+    }
+    tower = {name.removeprefix("vision_tower."): tensor for name, tensor in outside.items()}
+    write_weights(clip, {**text_half, **tower})
+    return clip

@@ -1,8 +1,10 @@
 """What a candidate is judged by: one compiled program, in which drops and bits are data, serves the whole study."""
 
+import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int
 
 from lmmjax import evaluate
@@ -26,10 +28,7 @@ OBJECTIVES: dict[str, Callable[[Result], float]] = {
 
 
 class Evaluator:
-    """Evaluates candidates on one set of samples against the dense model, whose predictions are computed once.
-
-    `traces` counts how often the program was traced: once, whatever the candidates.
-    """
+    """Evaluates candidates on one set of samples against the dense model, whose predictions are computed once."""
 
     def __init__(
         self,
@@ -42,32 +41,37 @@ class Evaluator:
         batch: int = 32,
         tokens: str = "answer",
     ):
-        self.traces = 0
         self._config, self._params, self._ranks, self._form = config, params, ranks, form
         self._encoded = encoded
         self._batches = list(evaluate.batches(config, params, encoded, min(batch, len(encoded.kinds)), tokens))
-        self._predict, self._compare = jax.jit(self._traced), jax.jit(evaluate.compare)
         self._reference = self._run(dense(config.text.layers), ranks)
 
     def __call__(self, candidate: Candidate, ranks: Ranks | None = None) -> Result:
         """Returns the result of an allocation; weights go in the order of `ranks`, by default the search's."""
         predicted = self._run(candidate, ranks or self._ranks)
         triples = zip(self._batches, self._reference, predicted, strict=True)
-        return evaluate.gather([self._compare(*triple) for triple in triples], self._encoded)
+        return evaluate.gather([_compare(*triple) for triple in triples], self._encoded)
 
     def _run(self, candidate: Candidate, ranks: Ranks) -> list[LogProbs]:
-        return [self._predict(self._params, ranks, *candidate, batch) for batch in self._batches]
+        allocation = tuple(np.asarray(array, np.int32) for array in candidate)
+        return [_predict(self._config, self._form, self._params, ranks, *allocation, batch) for batch in self._batches]
 
-    def _traced(
-        self,
-        params: Params,
-        ranks: Ranks,
-        drops: Int[Array, "l 7"],
-        key_bits: Int[Array, "l"],
-        value_bits: Int[Array, "l"],
-        batch: Batch,
-    ) -> LogProbs:
-        self.traces += 1
-        size, length = batch.x.shape[:2]
-        cache = empty_search_cache(self._config.text, self._form, key_bits, value_bits, size, length)
-        return evaluate.log_probs(self._config, masked(params, ranks, drops), cache, batch)
+
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def _predict(
+    config: LlavaConfig,
+    form: CacheFormat,
+    params: Params,
+    ranks: Ranks,
+    drops: Int[Array, "l 7"],
+    key_bits: Int[Array, "l"],
+    value_bits: Int[Array, "l"],
+    batch: Batch,
+) -> LogProbs:
+    """Returns the predictions of one candidate on one batch. Traced once for all candidates and batches."""
+    size, length = batch.x.shape[:2]
+    cache = empty_search_cache(config.text, form, key_bits, value_bits, size, length)
+    return evaluate.log_probs(config, masked(params, ranks, drops), cache, batch)
+
+
+_compare = jax.jit(evaluate.compare)

@@ -133,6 +133,12 @@ def random(distributions: Mapping[str, FloatDistribution], finished: Sequence[Fr
     return _ask(optuna.samplers.RandomSampler(seed=_seed(seed, len(finished))), distributions, finished)
 
 
+def value(trial: FrozenTrial) -> float:
+    """Returns a finished trial's value."""
+    assert trial.value is not None
+    return trial.value
+
+
 def open_storage(where: str) -> BaseStorage:
     """Returns the storage at a database URL, or in a journal file at a path.
 

@@ -1,0 +1,32 @@
+"""95% intervals of what is measured on a sample: Wilson's for a share, the bootstrap's for means and differences."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Interval = tuple[float, float]
+
+Z = 1.959964
+"""The normal distribution's 97.5% quantile."""
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Returns the interval of a share, sound near 0 and 1 too. Source: Wilson 1927, JASA 22, 209."""
+    share, spread = successes / n, Z * Z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(numerators: ArrayLike, denominators: ArrayLike | None = None, seed: int = 0) -> Interval:
+    """Returns the interval of a mean, or of a ratio of two sums, over samples drawn anew 4000 times.
+
+    For a paired difference give the samples' differences. Source: Efron 1979, Annals of Statistics 7, 1.
+    """
+    above = np.asarray(numerators, float)
+    n = len(above)
+    below = np.ones(n) if denominators is None else np.asarray(denominators, float)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=4000)
+    low, high = np.quantile((counts @ above) / (counts @ below), [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,118 @@
+"""One search's problem, made ready: the model, the three sets, the ranks, and what a point is worth."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lmmjax import calibrate, data
+from lmmjax.checkpoint import Checkpoint
+from lmmjax.data import Encoded
+from lmmjax.errors import InputError
+from lmmjax.evaluate import Result
+from lmmjax.plan import Calibration, Plan
+from lmmjax.prompt import Processor
+from lmmjax.prune import apply_plan, rank_model
+from lmmjax.prune.transform import Ranks
+from search import comparison, sets
+from search.comparison import Contender
+from search.objective import OBJECTIVES, Evaluator
+from search.settings import Settings
+from search.space import Candidate, Params, Space
+from search.study import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that is computed once. `evaluator` judges on the search set, in the order of `ranks`."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    space: Space
+    sets: sets.Sets
+    statistics: tuple[calibrate.LayerStatistics, ...]
+    ranks: Ranks
+    evaluator: Evaluator
+    batch: int
+
+    def outcome(self, point: Params) -> Outcome:
+        """Returns what a point is worth: the objective of the candidate on the budget that it stands for."""
+        candidate = self.space.candidate(point)
+        result = self.evaluator(candidate)
+        facts = {"kl": result.kl, "nll": result.nll, "accuracy": result.accuracy}
+        facts |= {name: array.tolist() for name, array in candidate._asdict().items()}
+        return Outcome(self.measure(result), self.space.encode(candidate), facts)
+
+    @property
+    def measure(self) -> Callable[[Result], float]:
+        return OBJECTIVES[self.settings.objective]
+
+    def plan(self, candidate: Candidate) -> Plan:
+        chosen = self.settings
+        recipe = Calibration(chosen.data, chosen.calibration_samples, chosen.calibration_tokens, chosen.seed)
+        return candidate.plan(score=chosen.score, calibration=recipe, cache=chosen.form)
+
+    def compressed(self, candidate: Candidate):
+        """Returns the params with the candidate's zeros in place, as it was judged."""
+        return apply_plan(self.checkpoint.config, self.checkpoint.params, self.ranks, self.plan(candidate))
+
+    def rank(self, score: str) -> Ranks:
+        if score == self.settings.score:
+            return self.ranks
+        return rank_model(self.checkpoint.config, self.checkpoint.params, self.statistics, score)
+
+    def report_evaluator(self) -> Evaluator:
+        """Returns what judges on the report set, by the same rules."""
+        encoded = encode(self.checkpoint, self.sets.report)
+        return Evaluator(
+            self.checkpoint.config, self.checkpoint.params, self.ranks, self.settings.form, encoded, batch=self.batch
+        )
+
+    def compared(self, searched: Candidate) -> Iterator[tuple[Contender, Result]]:
+        """Yields the searched allocation and its baselines with their results on the report set."""
+        judge = self.report_evaluator()
+        for contender in comparison.contenders(
+            self.space, self.rank, searched, self.settings.score, self.evaluator, self.measure
+        ):
+            yield contender, judge(contender.candidate, contender.ranks)
+
+
+def prepare(settings: Settings, checkpoint: Checkpoint, report_samples: int, batch: int) -> Problem:
+    """Returns the problem of these settings on a dense checkpoint.
+
+    Raises:
+        InputError: the checkpoint is compressed already, a budget cannot be met, or there are too few samples.
+    """
+    if checkpoint.plan is not None:
+        raise InputError(
+            f"--model: {checkpoint.path} is compressed already; give the dense checkpoint it was made from"
+        )
+    config, params = checkpoint.config, checkpoint.params
+    space = settings.space(config.text)
+    taken = sets.take(
+        settings.data, settings.calibration_samples, settings.search_samples, report_samples, settings.seed
+    )
+    calibrating = encode(checkpoint, taken.calibration)
+    statistics = calibrate.statistics(config, params, calibrating, settings.calibration_tokens)
+    ranks = rank_model(config, params, statistics, settings.score)
+    tokens = "text" if settings.objective == "ppl" else "answer"
+    searching = encode(checkpoint, taken.search)
+    evaluator = Evaluator(config, params, ranks, settings.form, searching, batch=batch, tokens=tokens)
+    return Problem(settings, checkpoint, space, taken, statistics, ranks, evaluator, batch)
+
+
+def encode(checkpoint: Checkpoint, samples: list[data.Sample]) -> Encoded:
+    return data.encode(Processor.load(checkpoint.path, checkpoint.config), samples)
+
+
+def fingerprint(problem: Problem) -> str:
+    """Returns a short hash of the weights (each tensor's first numbers) and of the questions searched on."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(problem.checkpoint.params):
+        digest.update(np.asarray(leaf.ravel()[:256]).tobytes())
+    for sample in (*problem.sets.calibration, *problem.sets.search):
+        digest.update(f"{Path(sample.image).name}\n{sample.question}\n{sample.answer}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""The report of a search: one dict of plain values, from which the page, the pictures and the summary are made."""
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from optuna.trial import FrozenTrial
+
+from lmmjax.evaluate import Result
+from lmmjax.files import write_atomic
+from search import comparison, page, pictures
+from search.comparison import Contender
+from search.page import kilobytes, percent, points
+from search.problem import Problem
+from search.space import Candidate
+
+Report = dict[str, Any]
+RIVAL = "uniform wanda"
+
+
+def assemble(
+    problem: Problem,
+    trials: list[FrozenTrial],
+    best: Candidate,
+    compared: Iterable[tuple[Contender, Result]],
+    extra: Mapping[str, Any],
+) -> Report:
+    """Returns the report; `extra` holds what only the command knows (its own text, timings)."""
+    settings, space = problem.settings, problem.space
+    results = {contender.name: (contender, result) for contender, result in compared}
+    starts = len(space.uniform())
+    report = {
+        "settings": vars(settings).copy(),
+        "trials": len(trials),
+        "sets": problem.sets.origin,
+        "rows": [comparison.row(*pair, space) for pair in results.values()],
+        "differences": comparison.differences({name: result for name, (_, result) in results.items()}),
+        "allocation": comparison.allocation(best, space),
+        "history": [_history(trial, index < starts) for index, trial in enumerate(trials)],
+        "versions": {name: _version(name) for name in ("lmmjax", "jax", "optuna", "numpy")},
+        "device": jax.devices()[0].device_kind,
+        "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **extra,
+    }
+    return report | {"title": _title(report), "headline": _headline(report), "notes": _notes(problem, report)}
+
+
+def write(out: Path, report: Report) -> None:
+    """Writes report.html, its pictures, and last report.json, whose presence says that all is there."""
+    drawn = pictures.draw(report)
+    for name, png in drawn.items():
+        write_atomic(out / f"{name}.png", png)
+    write_atomic(out / "report.html", page.render(report, drawn))
+    write_atomic(out / "report.json", json.dumps(report, indent=1))
+
+
+def summary(report: Report) -> str:
+    """Returns the comparison as text, and what it comes to."""
+    lines = [f"{'':<28}{'weights':>9}{'KV bytes':>18}{'KL':>10}{'right':>9}{'95% interval':>17}"]
+    for row in report["rows"]:
+        low, high = row["accuracy_interval"]
+        cache = f"{kilobytes(row['kv_bytes'])} ({percent(row['kv_share'])})"
+        lines.append(
+            f"{row['name']:<28}{percent(row['weights_kept'], 2):>9}{cache:>18}{row['kl']:>10.4f}"
+            f"{percent(row['accuracy']):>9}{f'[{100 * low:.1f}, {100 * high:.1f}]':>17}"
+        )
+    lines.append("")
+    for name, row in report["differences"].items():
+        lines.append(
+            f"searched - {name}: {points(row['accuracy'], row['accuracy_interval'])} right, KL {row['kl']:+.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _title(report: Report) -> str:
+    settings = report["settings"]
+    cache = "" if settings["kv_budget"] == settings["budget"] else f", cache {settings['kv_budget']:g}"
+    return f"{Path(settings['model']).name} at budget {settings['budget']:g}{cache}"
+
+
+def _headline(report: Report) -> str:
+    rows = {row["name"]: row for row in report["rows"]}
+    ours, dense, rival = rows["searched"], rows["dense"], report["differences"][RIVAL]
+    return (
+        f"{percent(ours['weights_kept'], 2)} of the prunable weights and {percent(ours['kv_share'])} of the KV cache's"
+        f" bytes are kept. Of the questions in the report set {percent(ours['accuracy'])} are answered right (dense"
+        f" {percent(dense['accuracy'])}); against {RIVAL} under the same budgets that is"
+        f" {points(rival['accuracy'], rival['accuracy_interval'])}."
+    )
+
+
+def _notes(problem: Problem, report: Report) -> dict[str, str]:
+    space = problem.space
+    prunable = int((space.weights.inputs * space.weights.outputs).sum())
+    rows = {row["name"]: row for row in report["rows"]}
+    best = min(trial["value"] for trial in report["history"])
+    uniform = min((trial["value"] for trial in report["history"] if trial["uniform"]), default=best)
+    widths = f"{rows[RIVAL]['key_bits'][0]}-bit keys and {rows[RIVAL]['value_bits'][0]}-bit values"
+    return {
+        "comparison": (
+            f"Every pruned row keeps the same share of the {prunable:,} prunable weights (the seven linears of each"
+            " decoder layer), every quantized cache fits the same budget at the stated context, scales, zeros and"
+            f" exact tokens counted. Uniform rows have the same sparsity everywhere; {RIVAL} has {widths}, the best"
+            " uniform widths that fit, chosen on the search set like ours. 'Right' means that the greedy answer is the"
+            " known one, to the end of the sequence; 95% intervals: Wilson for shares, bootstrap for KL."
+        ),
+        "differences": "Paired by question; 95% intervals by the bootstrap.",
+        "allocation": (
+            "Orange linears lose more than uniform pruning would take from them, violet ones less. The weights are"
+            " zeros in place: the checkpoint on disk is as large as before, the cache is really packed."
+        ),
+        "history": (
+            f"Every trial lies exactly on both budgets. Best {report['settings']['objective']} {best:.4g}, best uniform"
+            f" start {uniform:.4g}. The starts are uniform in sparsity, the cache's slack filled up."
+        ),
+    }
+
+
+def _history(trial: FrozenTrial, uniform: bool) -> dict[str, Any]:
+    facts = {name: trial.user_attrs[name] for name in ("kl", "accuracy", "seconds")}
+    return {"value": trial.value, "uniform": uniform, **facts}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "source tree"

@@ -117,11 +117,11 @@ def start(
     _check_prompts(config, tokens, lengths, images)
     batch, t = tokens.shape
     capacity = cache_capacity(config, t, max_tokens)
-    dtype = None if plan else str(params["text"]["embedding"].dtype)
     limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - lengths)
+    cache = new_cache(config, params, plan, batch, capacity)
     state = State(
-        cache=empty_cache(config.text, plan or uniform(config.text), batch, capacity, dtype),
-        answer=jnp.zeros((batch, capacity), jnp.int32),
+        cache=cache,
+        answer=jnp.zeros((batch, cache.capacity), jnp.int32),
         counts=jnp.zeros(batch, jnp.int32),
         limits=jnp.asarray(limits, jnp.int32),
         done=jnp.asarray(limits < 1),
@@ -158,6 +158,12 @@ def answers(state: State) -> list[list[int]]:
 def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:
     """Returns the tokens that the cache has room for: few different numbers, so that programs are shared."""
     return min(bucket(t + max_tokens), max(t, config.text.context))
+
+
+def new_cache(config: LlavaConfig, params: Params, plan: Plan | None, batch: int, capacity: int) -> Cache:
+    """Returns an empty cache in the plan's formats; without a plan dense, in the weights' dtype."""
+    dtype = None if plan else str(params["text"]["embedding"].dtype)
+    return empty_cache(config.text, plan or uniform(config.text), batch, capacity, dtype)
 
 
 def backends(config: LlavaConfig, cache: Cache, t: int, name: str | None = None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -138,14 +138,18 @@ class Processor:
             raise InputError(f"chat template: {error}") from error
 
 
-def open_image(source: Picture) -> Image.Image:
-    """Returns an image in RGB, turned as its EXIF orientation says; InputError if it cannot be read."""
+def open_image(source: Picture | BinaryIO, name: object = None) -> Image.Image:
+    """Returns an image in RGB, turned as its EXIF orientation says.
+
+    Raises:
+        InputError: it cannot be read; the message calls it by `name`, by default its path.
+    """
     try:
         with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "not an image that can be read"
-        raise InputError(f"image {source}: {reason}") from error
+        raise InputError(f"image {name or source}: {reason}") from error
 
 
 def bucket(n: int) -> int:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_checkpoints
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_checkpoints import VOCABULARY, write_processor
 
 from lmmjax.config import LlavaConfig, TextConfig, VisionConfig
 from lmmjax.errors import InputError
@@ -20,14 +21,7 @@ TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %} ASSISTANT:"
 )
 PLAIN_TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
-SPECIAL = ["<unk>", "<s>", "</s>", "<image>"]
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 28},
-    "crop_size": {"height": 28, "width": 28},
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.3, 0.4],
-}
+PREPROCESSOR = {**tiny_checkpoints.PREPROCESSOR, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 
 
 def config(**changes) -> LlavaConfig:
@@ -36,23 +30,9 @@ def config(**changes) -> LlavaConfig:
     return LlavaConfig(**{"vision": vision, "text": text, "image_token": 3, **changes})
 
 
-def write_tokenizer(directory: Path, with_image: bool = True) -> None:
-    """Writes a byte-level tokenizer that starts every text with <s>, as Llama's does."""
-    special = SPECIAL if with_image else SPECIAL[:3]
-    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": "<unk>"}))
-
-
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    write_tokenizer(tmp_path)
+    write_processor(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     return tmp_path
@@ -178,10 +158,11 @@ def test_the_generation_config_adds_ends(directory: Path):
 
 
 def test_an_original_llava_tokenizer_learns_the_image_token(directory: Path):
-    write_tokenizer(directory, with_image=False)
-    size = 3 + 256
-    processor = Processor.load(directory, config(image_token=size))
-    assert processor.encode("a<image>", 1)[-4:] == [size] * 4
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    renamed = json.dumps(stored).replace("<image>", "<other>")
+    (directory / "tokenizer.json").write_text(renamed)
+    processor = Processor.load(directory, config(image_token=VOCABULARY))
+    assert processor.encode("a<image>", 1)[-4:] == [VOCABULARY] * 4
 
 
 @pytest.mark.parametrize(

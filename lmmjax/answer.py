@@ -1,0 +1,217 @@
+"""One question answered by a loaded model: the text as it comes, and what it took in time and bytes."""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from kernels.attend import BACKENDS
+from lmmjax import checkpoint, engine
+from lmmjax.cache import cache_bytes
+from lmmjax.config import LlavaConfig, from_hf
+from lmmjax.errors import InputError
+from lmmjax.llava import Params
+from lmmjax.plan import Plan, uniform
+from lmmjax.prompt import Processor, pad
+from lmmjax.runtime import compile_seconds
+from lmmjax.sample import Sampling
+
+STRIDE_SECONDS = 0.1
+"""About how long the device decodes between two looks at the host: text flows, and Ctrl-C is answered."""
+
+
+class Model(NamedTuple):
+    """What answers: weights already compressed as `plan` says, which also gives the cache's formats."""
+
+    config: LlavaConfig
+    params: Params
+    plan: Plan | None
+
+
+class Request(NamedTuple):
+    """One question: prompt ids as the processor expands them, the images' pixels, and how to answer."""
+
+    ids: Sequence[int]
+    pixels: Float[np.ndarray, "n c y x"]
+    max_tokens: int
+    sampling: Sampling
+    seed: int = 0
+    backend: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was said and what it took. Milliseconds without compiling, which `compile_ms` holds; bytes as allocated.
+
+    `stopped` is "end" (the model's own), "length" (max_tokens or the context) or "interrupt". The first token
+    belongs to prefill. `kv_dense_bytes` is what the same capacity takes with nothing quantized.
+    """
+
+    text: str
+    tokens: int
+    stopped: str
+    prompt_tokens: int
+    images: int
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    compile_ms: float
+    weights_bytes: int
+    kv_bytes: int
+    kv_dense_bytes: int
+    kv_capacity: int
+    attention: dict[str, tuple[str, ...]]
+    device: str
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed; None where a single token leaves nothing to measure."""
+        return 1e3 * (self.tokens - 1) / self.decode_ms if self.tokens > 1 else None
+
+
+def read_config(path: Path) -> LlavaConfig:
+    """Returns the config of a checkpoint whose weights are not loaded yet."""
+    return from_hf(checkpoint.read_json(path / "config.json"))
+
+
+def load(path: Path, plan: Plan | None = None) -> Model:
+    """Returns the checkpoint's model, compressed by `plan` if there is one, else as the checkpoint says it is.
+
+    A plan that prunes is replayed on dense weights; weights that are pruned already must have the same drops.
+
+    Raises:
+        InputError: the checkpoint or the plan cannot be used, or they contradict each other.
+    """
+    stored = checkpoint.load(path)
+    if plan is None or plan == stored.plan:
+        return Model(stored.config, stored.params, stored.plan)
+    plan.check(stored.config.text)
+    done = _drops(stored.plan) if stored.plan is not None and stored.plan.prunes else None
+    if done is not None and done != _drops(plan):
+        raise InputError(f"--plan: {path} is pruned by another plan; give the dense checkpoint it came from")
+    if done is not None or not plan.prunes:
+        return Model(stored.config, stored.params, plan)
+    from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs
+
+    return Model(stored.config, replay(stored, plan), plan)
+
+
+def answer(model: Model, processor: Processor, request: Request, show: Callable[[str], object]) -> Answer:
+    """Returns the answer, each piece of its text given to `show` as soon as it is settled.
+
+    Ctrl-C ends the answer with what has been shown.
+
+    Raises:
+        InputError: the request does not fit the model, or its attention backend cannot run it.
+    """
+    config, params, plan = model
+    clock = _Stopwatch()
+    tokens, lengths = pad([request.ids])
+    capacity = engine.cache_capacity(config, tokens.shape[1], request.max_tokens)
+    attention = _attention(model, tokens.shape[1], capacity, request.backend)
+    images = clock("vision", engine.encode_images, config, params, request.pixels) if len(request.pixels) else None
+    settings = {
+        "max_tokens": request.max_tokens,
+        "plan": plan,
+        "sampling": request.sampling,
+        "keys": jax.random.split(jax.random.key(request.seed), 1),
+        "eos": processor.eos,
+        "backend": request.backend,
+    }
+    state = clock("prefill", engine.start, config, params, tokens, lengths, images, **settings)
+    kv_bytes, kv_capacity = state.cache.nbytes, state.cache.capacity
+    ids, text, stopped = _stream(model, processor, request, state, clock, show)
+    return Answer(
+        text=text,
+        tokens=len(ids),
+        stopped=stopped,
+        prompt_tokens=len(request.ids),
+        images=len(request.pixels),
+        vision_ms=clock.ms["vision"],
+        prefill_ms=clock.ms["prefill"],
+        decode_ms=clock.ms["decode"],
+        compile_ms=clock.ms["compile"],
+        weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        kv_bytes=kv_bytes,
+        kv_dense_bytes=_dense_bytes(config, plan, kv_capacity) if plan else kv_bytes,
+        kv_capacity=kv_capacity,
+        attention=attention,
+        device=jax.devices()[0].device_kind,
+    )
+
+
+def check_backend(name: str | None) -> None:
+    """Raises InputError for a backend that does not exist, before anything is loaded."""
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"--backend: got {name}, expected one of {', '.join(BACKENDS)}")
+
+
+def _stream(
+    model: Model, processor: Processor, request: Request, state: engine.State, clock: "_Stopwatch", show: Callable
+) -> tuple[list[int], str, str]:
+    """Returns the answer's ids, its text and why it stopped, after showing the text piece by piece."""
+    ids, text, stopped = engine.answers(state)[0], "", "interrupt"
+    try:
+        steps = 1
+        while True:
+            done = bool(state.done[0])
+            ids = engine.answers(state)[0]
+            piece = _settled(processor.decode(ids), done)[len(text) :]
+            text += piece
+            show(piece)
+            if done:
+                stopped = "end" if ids and ids[-1] in processor.eos else "length"
+                break
+            before = clock.ms["decode"]
+            state = clock("decode", engine.decode, model.config, model.params, state, steps, request.backend)
+            steps = max(1, int(steps * 1e3 * STRIDE_SECONDS / (clock.ms["decode"] - before)))
+    except KeyboardInterrupt:
+        pass  # the state may be consumed already; the ids of the last look are whole
+    return ids, text, stopped
+
+
+def _settled(text: str, done: bool) -> str:
+    """Returns the text without a last character whose bytes are not all there yet."""
+    return text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[str, tuple[str, ...]]:
+    """Returns which backends will run in each phase, known before anything is computed."""
+    cache: Any = jax.eval_shape(lambda: engine.new_cache(model.config, model.params, model.plan, 1, capacity))
+    try:
+        return {
+            "prefill": engine.backends(model.config, cache, t, name),
+            "decode": engine.backends(model.config, cache, 1, name),
+        }
+    except ValueError as error:
+        raise InputError(f"--backend: {error}") from error
+
+
+def _dense_bytes(config: LlavaConfig, plan: Plan, capacity: int) -> int:
+    return cache_bytes(config.text, uniform(config.text, cache=plan.cache), 1, capacity)
+
+
+def _drops(plan: Plan) -> list[dict[str, int]]:
+    return [dict(layer.drop) for layer in plan.layers]
+
+
+class _Stopwatch:
+    """Milliseconds by name; what of them went into compiling is under "compile" instead."""
+
+    def __init__(self):
+        self.ms: dict[str, float] = defaultdict(float)
+
+    def __call__(self, name: str, program: Callable, *args, **kwargs) -> Any:
+        """Returns the program's result once it is there."""
+        compiled, began = compile_seconds(), time.perf_counter()
+        result = jax.block_until_ready(program(*args, **kwargs))
+        compiled = compile_seconds() - compiled
+        self.ms["compile"] += 1e3 * compiled
+        self.ms[name] += 1e3 * (time.perf_counter() - began - compiled)
+        return result

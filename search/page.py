@@ -56,10 +56,9 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
         f"<pre>{_text(report['command'])}</pre>",
         _details(report),
     ]
-    head = (
-        f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{_text(report['title'])}</title>"
-    )
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body><main>{''.join(body)}</main>"
+    title = f"<title>{_text(report['title'])}</title><meta name=viewport content='width=device-width'>"
+    head = f"<head><meta charset=utf-8>{title}<style>{STYLE}</style></head>"
+    return f"<!doctype html><html lang=en>{head}<body><main>{''.join(body)}</main></body></html>"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -6,8 +6,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """How tokens are drawn. Every field is traced: one compiled program serves all settings.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 filter nothing.
@@ -16,6 +15,17 @@ class Sampling:
     temperature: Float[Array, ""] | float = 0.0
     top_k: Int[Array, ""] | int = 0
     top_p: Float[Array, ""] | float = 1.0
+
+    def typed(self) -> "Sampling":
+        """Returns the same settings as fresh arrays, whose dtypes do not depend on how a number was written."""
+        return Sampling(
+            jnp.array(self.temperature, jnp.float32),
+            jnp.array(self.top_k, jnp.int32),
+            jnp.array(self.top_p, jnp.float32),
+        )
+
+
+GREEDY = Sampling()
 
 
 def sample(logits: Float[Array, "b v"], keys: Key[Array, "b"], sampling: Sampling) -> Int[Array, "b"]:

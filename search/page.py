@@ -84,7 +84,7 @@ def _cards(report: Report) -> str:
     cards = [
         (percent(ours["weights_kept"], 2), "of the prunable weights kept"),
         (f"{kilobytes(dense['kv_bytes'])} → {kilobytes(ours['kv_bytes'])}", _cache_words(report, ours)),
-        (percent(ours["accuracy"]), f"answers right (dense {percent(dense['accuracy'])})"),
+        (percent(ours["accuracy"]), f"answered right (dense {percent(dense['accuracy'])})"),
         (f"{ours['kl']:.3g}", "KL from the dense model, nats a token"),
     ]
     return f"<div class=cards>{''.join(f'<div class=card><b>{a}</b><span>{b}</span></div>' for a, b in cards)}</div>"

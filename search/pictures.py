@@ -50,6 +50,7 @@ def history(report: Report) -> bytes:
     if values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
     axes.set_xlabel("trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{report['settings']['objective']} on the search set")
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     _clean(axes)
@@ -88,7 +89,8 @@ def _sparsity(figure: Figure, axes: Axes, table: np.ndarray, report: Report) -> 
     axes.set_title(f"weights dropped, % (uniform: {100 * target:g})", fontsize=11, loc="left")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, format=PercentFormatter(1.0, decimals=0))
+    form = PercentFormatter(1.0, decimals=0)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=max(20, 3 * len(table)), format=form)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 

@@ -1,6 +1,7 @@
 """One question answered by a loaded model: the text as it comes, and what it took in time and bytes."""
 
 import dataclasses
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -99,6 +100,8 @@ def load(path: Path, plan: Plan | None = None) -> Model:
         return Model(stored.config, stored.params, plan)
     from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs
 
+    recipe = plan.calibration
+    print(f"pruning as the plan records, calibrated on {recipe.samples} samples of {recipe.data}", file=sys.stderr)
     return Model(stored.config, replay(stored, plan), plan)
 
 
@@ -183,12 +186,13 @@ def _settled(text: str, done: bool) -> str:
 
 def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[str, tuple[str, ...]]:
     """Returns which backends will run in each phase, known before anything is computed."""
-    cache: Any = jax.eval_shape(lambda: engine.new_cache(model.config, model.params, model.plan, 1, capacity))
     try:
-        return {
-            "prefill": engine.backends(model.config, cache, t, name),
-            "decode": engine.backends(model.config, cache, 1, name),
-        }
+        cache: Any = jax.eval_shape(lambda: engine.new_cache(model.config, model.params, model.plan, 1, capacity))
+    except ValueError as error:
+        raise InputError(f"--plan: its cache does not fit this model: {error}") from error
+    try:
+        phases = {"prefill": t, "decode": 1}
+        return {phase: engine.backends(model.config, cache, step, name) for phase, step in phases.items()}
     except ValueError as error:
         raise InputError(f"--backend: {error}") from error
 

@@ -164,6 +164,14 @@ def test_bytes_are_those_of_the_buffers(model: answer.Model, processor: Processo
     assert packed.attention == {"prefill": ("reference",), "decode": ("reference",)}
 
 
+def test_what_cannot_run_says_whose_fault_it_is(model: answer.Model, processor: Processor):
+    misfit = dataclasses.replace(plan_of(model, bits=4), cache=CacheFormat(group=8, window=4))
+    with pytest.raises(InputError, match="--plan: its cache does not fit"):
+        answer.answer(model._replace(plan=misfit), processor, request_of(processor), lambda _: None)
+    with pytest.raises(InputError, match="--backend: backend: got 'fast'"):
+        answer.answer(model, processor, request_of(processor, backend="fast"), lambda _: None)
+
+
 def test_times_leave_compiling_out(model: answer.Model, processor: Processor):
     jax.clear_caches()
     first = answer.answer(model, processor, request_of(processor), lambda _: None)

@@ -115,6 +115,13 @@ def test_text_alone_needs_no_images(params: llava.Params):
     assert len(got[0]) == 4
 
 
+def test_weights_in_bfloat16_keep_a_cache_in_bfloat16(params: llava.Params, images: jax.Array):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    state = engine.start(CONFIG, half, *pad(prompts()), images, max_tokens=8)
+    assert state.cache.layers[0][0].dtype == jnp.bfloat16
+    assert [len(row) for row in engine.answers(engine.decode(CONFIG, half, state, 8))] == [8, 8, 8]
+
+
 def test_padding_may_be_any_token(params: llava.Params, images: jax.Array):
     whole = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=8)
     padded = pad(prompts(), pad_id=CONFIG.image_token)

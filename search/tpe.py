@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{out} holds this search, finished; give more --trials to go on, or another --out\n")
             return _show(out)
         began = time.monotonic()
-        chosen = problem.prepare(settings, checkpoint.load(settings.model), args.report_samples, args.batch)
+        model = checkpoint.load(checkpoint.resolve(args.model))
+        chosen = problem.prepare(settings, model, args.report_samples, args.batch)
         prepared = time.monotonic()
         storage = study.open_storage(args.storage or str(out / "study.journal"))
         record = study.Record(storage, {**vars(settings), "fingerprint": problem.fingerprint(chosen)})
@@ -109,7 +110,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     path = checkpoint.resolve(args.model)
     config = from_hf(read_json(path / "config.json"))
     settings = Settings(
-        model=str(path.resolve()),
+        model=str(path.resolve()) if args.model else checkpoint.EMBEDDED.name,
         budget=args.budget,
         kv_budget=args.budget if args.kv_budget is None else args.kv_budget,
         context=config.text.context if args.context is None else args.context,

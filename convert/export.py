@@ -38,7 +38,7 @@ def export(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     stored = source / "params"
     config = checkpoint.read_json(source / "config.json")
     carried = [source / "config.json", *checkpoint.carried_files(source)]
-    _write(target, config, carried, weights.leaves(stored), lambda names: weights.read(stored, names), shard_bytes)
+    _write(target, config, carried, weights.leaves(stored), weights.Reader(stored).read, shard_bytes)
 
 
 def write_hf(params: Params, config: Mapping[str, Any], target: Path, carried: Iterable[Path] = ()) -> None:

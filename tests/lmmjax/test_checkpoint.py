@@ -83,7 +83,7 @@ def test_another_format_is_refused(copy: Path, number):
         load(copy)
 
 
-@pytest.mark.parametrize("gone", ["params", "params/state/_METADATA", "params/state/d"])
+@pytest.mark.parametrize("gone", ["params", "params/00000/state/_METADATA", "params/00000/state/d"])
 def test_half_a_checkpoint_is_refused(copy: Path, gone: str):
     path = copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -105,8 +105,18 @@ def test_a_damaged_description_is_refused(copy: Path, content: str):
         load(copy)
 
 
+def test_weights_in_many_parts_come_back_as_in_one(checkpoint: Path, tmp_path: Path, monkeypatch):
+    params = load(checkpoint).params
+    monkeypatch.setattr(weights, "_PART_BYTES", 5000)
+    save(tmp_path / "parts", params, like=checkpoint, plan=None)
+    assert len(list((tmp_path / "parts" / "params").iterdir())) > 10
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "parts").params, params)
+    names = ["text.norm.scale", "vision.class_embed", "text.embedding"]
+    assert set(weights.Reader(tmp_path / "parts" / "params").read(names)) == set(names)
+
+
 def test_some_weights_are_read_without_the_others(checkpoint: Path):
-    part = weights.read(checkpoint / "params", ["text.norm.scale", "vision.class_embed"])
+    part = weights.Reader(checkpoint / "params").read(["text.norm.scale", "vision.class_embed"])
     assert set(part) == {"text.norm.scale", "vision.class_embed"}
     assert isinstance(part["text.norm.scale"], np.ndarray)
 

@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3)
     add("--search-samples", type=int, default=256)
     add("--report-samples", type=int, default=1000)
-    add("--batch", type=int, default=32)
+    add("--batch", type=int, default=16)
     add("--name", default="search", help="of the file in benchmarks/results")
     return parser
 

@@ -26,7 +26,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 tr.ours td { font-weight: 650; background: #eef6fb }
 small, .note { color: #5b6270; font-size: 14px; font-weight: 400 }
 img { width: 100%; margin: 6px 0 }
-pre { background: #f4f5f7; padding: 12px 14px; border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13.5px }
+pre { background: #f4f5f7; padding: 12px 14px; border-radius: 8px; font-size: 13.5px }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: 190px 1fr; gap: 4px 16px; font-size: 14.5px }
 dt { color: #5b6270 } dd { margin: 0; overflow-wrap: anywhere }
 @media (max-width: 760px) { .cards { grid-template-columns: repeat(2, 1fr) } dl { grid-template-columns: 1fr } }

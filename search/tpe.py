@@ -1,4 +1,4 @@
-"""The search as a command: python -m search.tpe --budget 0.5
+"""python -m search.tpe --budget 0.5: the search as a command.
 
 Finds how much of every layer to prune and how many bits its keys and values take, under an exact budget, and
 writes the plan, the compressed checkpoint and a report into OUT. Run again, it goes on where it stopped.
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration-tokens", default=default.calibration_tokens, choices=("all", "text"))
     add("--search-samples", type=int, default=default.search_samples, metavar="N")
     add("--report-samples", type=int, default=1000, metavar="N")
-    add("--batch", type=int, default=32, metavar="N", help="samples evaluated at once (default: %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="samples evaluated at once (default: %(default)s)")
     add("--storage", metavar="PATH|URL", help="Optuna's journal or database (default: OUT/study.journal)")
     add("--seed", type=int, default=default.seed)
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/<model>-<budget>)")
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{out} holds this search, finished; give more --trials to go on, or another --out\n")
             return _show(out)
         began = time.monotonic()
+        print(f"preparing {settings.model}: images, statistics, ranks, the dense predictions", file=sys.stderr)
         model = checkpoint.load(checkpoint.resolve(args.model))
         chosen = problem.prepare(settings, model, args.report_samples, args.batch)
         prepared = time.monotonic()
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         interrupted = _search(chosen, record, args.trials)
         searched = time.monotonic()
         best = best_candidate(record.trials)
-        compared = list(chosen.compared(best))
+        compared = list(tqdm(chosen.compared(best), desc="comparing on the report set", unit="plan"))
         extra = {
             "command": args.command,
             "try": _try_it(out, chosen),

@@ -180,8 +180,8 @@ def _stream(
 
 
 def _settled(text: str, done: bool) -> str:
-    """Returns the text without a last character whose bytes are not all there yet."""
-    return text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")
+    """Returns the text without the space that joins it to the prompt, and no last character half written."""
+    return (text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")).lstrip()
 
 
 def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,4 @@
-"""Teacher-forced evaluation: how well a compressed model predicts the tokens of known answers, and how far it
-strays from the dense model's predictions.
+"""Teacher-forced evaluation: how well known answers are predicted, and how far from the dense model's way.
 
 The state at position t - 1 predicts token t, so only the states before the counted tokens meet the vocabulary.
 Batches are all of one shape: whatever is compiled for one serves them all.

@@ -68,12 +68,11 @@ def expected_tree() -> str:
         for path in modules(package):
             first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
             assert first.endswith((".", ":")), f"{path}: its docstring's first line is its line in the README's tree"
-            inside = path.relative_to(ROOT / package)
-            name = f"{inside.parent}/" if inside.name == "__init__.py" and inside.parent != Path() else str(inside)
-            if str(inside) == "__init__.py":
-                lines.append(f"{package + '/':<24}{first}")
-            else:
-                lines.append(f"{'  ' * len(inside.parts) + name:<24}{first}")
+            folders = path.relative_to(ROOT).parent.parts
+            is_package = path.name == "__init__.py"
+            name = f"{folders[-1]}/" if is_package else path.name
+            indent = "  " * (len(folders) - is_package)
+            lines.append(f"{indent + name:<22}{first}")
     return "\n".join(lines)
 
 

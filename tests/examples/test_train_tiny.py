@@ -65,14 +65,17 @@ def test_a_packed_question_gets_the_logits_it_gets_alone(processor, samples, pac
     params = llava.init(CONFIG, jax.random.key(0))
     images, chosen = packed.rows(questions=4)
     tokens, is_answer = packed.tokens(chosen)
-    together, _ = learning.answer_logits(params, *map(jnp.asarray, (packed.pixels[images], tokens, is_answer)))
+    together, _ = jax.jit(learning.answer_logits)(params, *map(jnp.asarray, (packed.pixels[images], tokens, is_answer)))
     alone = encode(processor, samples)
     t = alone.tokens.shape[1]
-    x = llava.embed(
-        CONFIG, params, jnp.asarray(alone.tokens), llava.encode_images(CONFIG, params, jnp.asarray(alone.pixels))
-    )
-    states = llava.forward(CONFIG, params, x, jnp.arange(t)[None], jnp.tri(t, dtype=bool)[None])
-    expected = np.asarray(llava.logits(CONFIG, params, states))[:, :-1][alone.is_answer[:, 1:]]
+
+    @jax.jit
+    def logits(tokens, pixels):
+        x = llava.embed(CONFIG, params, tokens, llava.encode_images(CONFIG, params, pixels))
+        states = llava.forward(CONFIG, params, x, jnp.arange(t)[None], jnp.tri(t, dtype=bool)[None])
+        return llava.logits(CONFIG, params, states)
+
+    expected = np.asarray(logits(alone.tokens, alone.pixels))[:, :-1][alone.is_answer[:, 1:]]
     order = np.argsort(chosen[chosen >= 0])  # every sample's answer and end: two predictions each
     got = np.asarray(together)[is_answer[..., 1:]].reshape(len(samples), 2, -1)[order]
     np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=1e-4)

@@ -1,5 +1,6 @@
 """The two losses, the optimizer, one step, and a state that a killed run goes on from."""
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def initial(seed: int, optimizer: optax.GradientTransformation) -> State:
     return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+@functools.cache
 def make_optimizer(rate: float, look_steps: int, steps: int) -> optax.GradientTransformation:
     """Returns AdamW with clipped gradients; each stage warms up and decays on its own."""
 
@@ -54,8 +56,9 @@ def make_optimizer(rate: float, look_steps: int, steps: int) -> optax.GradientTr
     )
 
 
+@functools.cache
 def make_step(optimizer: optax.GradientTransformation, loss: Callable) -> Callable[..., tuple[State, Float[Array, ""]]]:
-    """Returns the compiled step (state, *batch) -> (state, loss)."""
+    """Returns the compiled step (state, *batch) -> (state, loss), one program for equal arguments."""
 
     @jax.jit
     def step(state: State, *batch: Array) -> tuple[State, Float[Array, ""]]:

@@ -6,22 +6,18 @@ goes exactly where an undisturbed one would have gone.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lmmjax.errors import InputError
@@ -139,42 +135,6 @@ def value(trial: FrozenTrial) -> float:
     return trial.value
 
 
-def open_storage(where: str) -> BaseStorage:
-    """Returns the storage at a database URL, or in a journal file at a path.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
-    try:
-        return optuna.storages.get_storage(where) if "://" in where else _journal(Path(where))
-    except Exception as error:  # a database driver's own, a missing driver, a directory, a file that is no journal
-        reason = " ".join(str(error).split()[:30])
-        raise InputError(f"--storage: cannot open {where} ({type(error).__name__}: {reason})") from error
-
-
-class FileLock:
-    """A lock that the kernel takes back when its holder is killed; Optuna's own would block for 30 s then."""
-
-    def __init__(self, path: Path):
-        self._path = path.with_name(f"{path.name}.lock")
-        self._descriptor = -1
-
-    def acquire(self) -> bool:
-        self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        os.close(self._descriptor)
-
-
-def _journal(path: Path) -> BaseStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    _drop_torn_line(path, lock)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # pyright: ignore[reportArgumentType]
-
-
 def compare(known: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Returns the settings that differ, in words; empty if none does."""
     now = json.loads(json.dumps(now))
@@ -191,23 +151,3 @@ def _ask(sampler, distributions: Mapping[str, FloatDistribution], finished: Sequ
 def _seed(seed: int, count: int) -> int:
     """Returns a seed of its own for every trial, so that a resumed search does not repeat its draws."""
     return int(np.random.SeedSequence([seed, count]).generate_state(1)[0])
-
-
-def _drop_torn_line(path: Path, lock: FileLock) -> None:
-    """Cuts off a last line without its end, as a power cut leaves it: appended to, it would spoil the journal."""
-    if not path.exists():
-        return
-    with _held(lock), open(path, "r+b") as file:
-        content = file.read()
-        if content and not content.startswith(b'{"op_code"'):
-            raise ValueError("not a journal of Optuna's")
-        file.truncate(content.rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def _held(lock: FileLock) -> Iterator[None]:
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -5,14 +5,10 @@ writes the plan, the compressed checkpoint and a report into OUT. Run again, it 
 """
 
 import argparse
-import contextlib
-import fcntl
-import os
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +19,13 @@ from lmmjax import checkpoint, runtime
 from lmmjax.checkpoint import read_json
 from lmmjax.config import from_hf
 from lmmjax.errors import InputError, exit_code
-from lmmjax.files import write_atomic
 from lmmjax.prune import SCORES
-from search import problem, report, study
+from search import output, problem, report, study
 from search.objective import OBJECTIVES
 from search.problem import Problem
 from search.settings import Settings, default_out
 from search.space import Candidate
+from search.storage import open_storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,16 +67,16 @@ def run(args: argparse.Namespace) -> int:
     runtime.prepare()
     out = args.out or default_out(args.model, args.budget)
     settings = _settings(args)
-    with _only_one(out):
-        if _is_finished(out, settings, args.trials):
+    with output.only_one(out):
+        if output.is_finished(out, settings, args.trials):
             print(f"{out} holds this search, finished; give more --trials to go on, or another --out\n")
-            return _show(out)
+            return output.show(out)
         began = time.monotonic()
         print(f"preparing {settings.model}: images, statistics, ranks, the dense predictions", file=sys.stderr)
         model = checkpoint.load(checkpoint.resolve(args.model))
         chosen = problem.prepare(settings, model, args.report_samples, args.batch)
         prepared = time.monotonic()
-        storage = study.open_storage(args.storage or str(out / "study.journal"))
+        storage = open_storage(args.storage or str(out / "study.journal"))
         record = study.Record(storage, {**vars(settings), "fingerprint": problem.fingerprint(chosen)})
         interrupted = _search(chosen, record, args.trials)
         searched = time.monotonic()
@@ -95,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
                 "comparison": time.monotonic() - searched,
             },
         }
-        _write(out, chosen, best)
+        output.write_model(out, chosen, best)
         report.write(out, report.assemble(chosen, record.trials, best, compared, extra))
-    return _show(out) or (130 if interrupted else 0)
+    return output.show(out) or (130 if interrupted else 0)
 
 
 def best_candidate(trials: Sequence[FrozenTrial]) -> Candidate:
@@ -151,55 +147,10 @@ def _search(chosen: Problem, record: study.Record, trials: int) -> bool:
     return False
 
 
-def _write(out: Path, chosen: Problem, best: Candidate) -> None:
-    """Writes plan.json and the compressed checkpoint, in place of those of an earlier run."""
-    plan = chosen.plan(best)
-    new, old, target = out / ".checkpoint-new", out / ".checkpoint-old", out / "checkpoint"
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    checkpoint.save(new, chosen.compressed(best), like=chosen.checkpoint.path, plan=plan)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    write_atomic(out / "plan.json", plan.to_json())
-
-
-def _is_finished(out: Path, settings: Settings, trials: int) -> bool:
-    if not (out / "report.json").exists():
-        return False
-    found = read_json(out / "report.json")
-    return not study.compare(found["settings"], vars(settings)) and found["trials"] >= trials
-
-
-def _show(out: Path) -> int:
-    found = read_json(out / "report.json")
-    print(f"{found['title']}, {found['trials']} trials\n\n{report.summary(found)}\n")
-    print(f"report: {out / 'report.html'}\nplan:   {out / 'plan.json'}\ntry:    {found['try']}")
-    return 0
-
-
 def _try_it(out: Path, chosen: Problem) -> str:
     sample = chosen.sets.report[0]
     arguments = ["--model", str(out / "checkpoint"), "--image", str(sample.image), "--prompt", sample.question]
     return shlex.join(["python", "-m", "lmmjax.generate", *arguments])
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Holds OUT for this process; the kernel lets go of it however the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"--out: cannot write to {out} ({error.strerror})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"--out: another search is writing to {out}; wait for it, or give another --out") from None
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

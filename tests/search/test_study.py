@@ -15,6 +15,7 @@ from optuna.distributions import FloatDistribution
 
 from lmmjax.errors import InputError
 from search import study
+from search.storage import open_storage
 
 ROOT = Path(__file__).parents[2]
 SPACE = {name: FloatDistribution(0, 1) for name in "abc"}
@@ -25,13 +26,14 @@ SCRIPT = """
     import sys, time
     from optuna.distributions import FloatDistribution
     from search import study
+    from search.storage import open_storage
 
     def evaluate(point):
         time.sleep(0.03)
         return study.Outcome(sum((value - 0.3) ** 2 for value in point.values()), point, {})
 
     space = {name: FloatDistribution(0, 1) for name in "abc"}
-    record = study.Record(study.open_storage(sys.argv[1]), {"budget": 0.5, "seed": 0})
+    record = study.Record(open_storage(sys.argv[1]), {"budget": 0.5, "seed": 0})
     starts = [dict.fromkeys(space, 0.5)]
     print("ready", flush=True)
     with study.stop_on_interrupt() as stopped:
@@ -48,7 +50,7 @@ def evaluate(point: study.Params) -> study.Outcome:
 
 
 def record(path: Path, settings=SETTINGS) -> study.Record:
-    return study.Record(study.open_storage(str(path)), settings)
+    return study.Record(open_storage(str(path)), settings)
 
 
 def search(into: study.Record, trials: int = 30, propose=study.tpe, seed: int = 0) -> list[optuna.trial.FrozenTrial]:
@@ -123,18 +125,15 @@ def test_a_torn_last_line_is_cut_off(tmp_path, undisturbed):
 
 def test_a_lock_left_by_a_killed_process_does_not_hold_the_next(tmp_path):
     path = tmp_path / "study.journal"
-    search(record(path), 2)
-    study.FileLock(path).acquire()  # never released here: the next opens a description of its own
-    holder = "import sys, time; from pathlib import Path; from search import study; study.FileLock(Path(sys.argv[1]))"
-    code = f"{holder}.acquire(); print('held', flush=True); time.sleep(60)"
-    other = tmp_path / "other.journal"
-    process = subprocess.Popen([sys.executable, "-c", code, str(other)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    imports = "import sys, time; from pathlib import Path; from search.storage import FileLock"
+    code = f"{imports}; FileLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     process.kill()
     process.communicate()
     began = time.monotonic()
-    search(record(other), 2)
+    search(record(path), 2)
     assert time.monotonic() - began < 10
 
 
@@ -170,16 +169,16 @@ def test_a_second_ctrl_c_quits_at_once():
 
 def test_a_database_keeps_the_record_too(tmp_path, undisturbed):
     url = f"sqlite:///{tmp_path}/study.db"
-    assert points(search(study.Record(study.open_storage(url), SETTINGS), 6)) == undisturbed[:6]
-    assert points(search(study.Record(study.open_storage(url), SETTINGS), 9)) == undisturbed[:9]
+    assert points(search(study.Record(open_storage(url), SETTINGS), 6)) == undisturbed[:6]
+    assert points(search(study.Record(open_storage(url), SETTINGS), 9)) == undisturbed[:9]
 
 
 def test_a_storage_that_cannot_be_opened_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="--storage"):
-        study.open_storage("nosuch://database")
+        open_storage("nosuch://database")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--storage"):
-        study.open_storage(str(tmp_path / "file" / "study.journal"))
+        open_storage(str(tmp_path / "file" / "study.journal"))
     (tmp_path / "junk.journal").write_text("not a journal")
     with pytest.raises(InputError, match="--storage"):
         record(tmp_path / "junk.journal")

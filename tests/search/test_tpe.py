@@ -17,7 +17,7 @@ from lmmjax import prune
 from lmmjax.checkpoint import load
 from lmmjax.config import LINEARS
 from lmmjax.plan import Plan
-from search import problem, tpe
+from search import output, problem, tpe
 from search.cache_budget import CacheBudget
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_a_compressed_checkpoint_is_no_start(searched, tmp_path, capsys):
 
 
 def test_an_out_in_use_is_refused(searched, checkpoint, capsys):
-    with tpe._only_one(searched):
+    with output.only_one(searched):
         assert tpe.main(arguments(checkpoint, searched)) == 2
     assert "another search is writing" in capsys.readouterr().err
 

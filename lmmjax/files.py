@@ -34,6 +34,12 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     _sync(path.parent)
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises InputError if there is something at `path` already: to be asked before the work, too."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists; expected a name that is free: remove it or choose another")
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside `path`, which takes that name when the block ends well.
@@ -45,7 +51,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         InputError: `path` exists, or its parent cannot be written to.
     """
     path = Path(path)
-    _refuse_existing(path)
+    refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
@@ -69,15 +75,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists; expected a name that is free: remove it or choose another")
-
-
 def _rename(temporary: Path, path: Path) -> None:
     """Renames without ever replacing: two writers of one path may end at the same time."""
     try:
-        _refuse_existing(path)
+        refuse_existing(path)
         temporary.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be created ({error.strerror})") from error

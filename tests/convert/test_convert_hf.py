@@ -221,6 +221,20 @@ def test_a_source_that_is_nowhere(tmp_path: Path, capsys, monkeypatch):
     assert_refused("owner/name", tmp_path, capsys, "owner/name is no directory here and cannot be had from the hub")
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hub_is_asked_for_one_format(file: str, source: Path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.bin" in allow_patterns))
+        return str(source)
+
+    (source / "model.safetensors").rename(source / file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hf.locate("owner/name", "main") == source
+    assert asked == [("owner/name", "main", False), ("owner/name", "main", True)][: 1 + file.endswith(".bin")]
+
+
 def test_an_original_without_its_tower(tmp_path: Path, capsys):
     write_original(tmp_path / "source", tower_inside=False)
     assert_refused(tmp_path / "source", tmp_path, capsys, "download somebody/clip and give --vision DIR")

@@ -19,7 +19,7 @@ PACKED_BITS = (8, 4, 2)
 
 # From a table, because XLA divides by a constant otherwise than by a traced number, and one float32 ulp can
 # move a float16 scale: with it, static and traced bits give the same codes.
-_INVERSE_LEVELS = np.float32([0, *(1 / (2**bits - 1) for bits in range(1, 17))])
+_INVERSE_LEVELS = np.array([0, *(1 / (2**bits - 1) for bits in range(1, 17))], np.float32)
 
 
 class Encoded(NamedTuple):

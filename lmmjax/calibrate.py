@@ -101,7 +101,7 @@ def _collect(config: LlavaConfig, layer: Params, x: Array, mask: Array, chosen: 
 
     def tap(call, args, kwargs, context):
         if isinstance(context.module, Linear):
-            sums[context.module.name] = _squares(args[0], chosen)
+            sums[context.module.path[-1]] = _squares(args[0], chosen)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(tap):

@@ -1,12 +1,14 @@
 """The public op: attention of new queries over one layer's cache. Contract, validation and choice of backend."""
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
 from kernels import reference
-from kernels.reference import Exact
+from kernels.reference import Append
 from kernels.stores import Store
 
 
@@ -22,6 +24,8 @@ BACKENDS: dict[str, Backend] = {
 }
 """In order of preference: without an explicit choice, the first that has no reason against it runs."""
 
+_choices: contextvars.ContextVar[list[str]] = contextvars.ContextVar("choices")
+
 
 def attend(
     q: Float[Array, "b h t d"],
@@ -30,7 +34,7 @@ def attend(
     lengths: Int[Array, "b"],
     *,
     starts: Int[Array, "b"] | None = None,
-    exact: Exact | None = None,
+    append: Append | None = None,
     round_own: bool = True,
     scale: float | None = None,
     backend: str | None = None,
@@ -43,7 +47,8 @@ def attend(
         lengths: tokens stored in each row now.
         starts: position of each row's first query; by default the last t positions. Rows padded on the right
             have queries past their length, whose results mean nothing.
-        exact: keys and values before this append rounded anything; needed for t > 1 unless both stores are exact.
+        append: how the queries' own tokens came; needed for t > 1 unless both stores are exact, because each
+            query then sees what was rounded when the row ended with it.
         round_own: whether queries see the tokens of their own append rounded, as later queries will.
         scale: factor of the scores, by default 1 / sqrt(d).
         backend: a name in `BACKENDS`. An explicit choice never falls back.
@@ -53,12 +58,24 @@ def attend(
     """
     if q.ndim != 4:
         raise ValueError(f"q: got shape {q.shape}, expected (batch, heads, tokens, head_dim)")
-    if q.shape[2] > 1 and exact is None and not (keys.exact and values.exact):
-        raise ValueError(f"exact: got None for {q.shape[2]} queries a row; expected keys and values before rounding")
+    if q.shape[2] > 1 and append is None and not (keys.exact and values.exact):
+        raise ValueError(f"append: got None for {q.shape[2]} queries a row; expected their keys and values unrounded")
     starts = lengths - q.shape[2] if starts is None else starts
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    arguments = (q, keys, values, lengths, starts, exact, round_own, scale)
-    return BACKENDS[choose(backend, *arguments)].run(*arguments)
+    arguments = (q, keys, values, lengths, starts, append, round_own, scale)
+    chosen = choose(backend, *arguments)
+    _choices.get([]).append(chosen)
+    return BACKENDS[chosen].run(*arguments)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Yields a list to which every `attend` that is traced inside adds the name of its backend."""
+    token = _choices.set([])
+    try:
+        yield _choices.get()
+    finally:
+        _choices.reset(token)
 
 
 def choose(name: str | None, *arguments) -> str:

@@ -1,13 +1,21 @@
 """What attention over a cache means, in float32, readable as its formula."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.stores import Store
+from kernels.stores import Store, exact_view
 
-Exact = tuple[Float[Array, "b k s d"], Float[Array, "b k s d"]]
-"""Keys and values as they were before the append of the queries' own tokens settled anything."""
+
+class Append(NamedTuple):
+    """The append that brought the queries' own tokens: keys and values unrounded, and the stores before it."""
+
+    k: Float[Array, "b k t d"]
+    v: Float[Array, "b k t d"]
+    keys: Store
+    values: Store
 
 
 def attend(
@@ -16,7 +24,7 @@ def attend(
     values: Store,
     lengths: Int[Array, "b"],
     starts: Int[Array, "b"],
-    exact: Exact | None,
+    append: Append | None,
     round_own: bool,
     scale: float,
 ) -> Float[Array, "b h t d"]:
@@ -24,14 +32,15 @@ def attend(
 
     Query i of row b stands at position starts[b] + i and sees the positions up to its own, each exact or
     rounded just as it was when the row was that long (`round_own`), or as before this append. A single query
-    finds both in the store; several, which settle blocks behind one another, take the exact ones from `exact`.
+    finds both in the store; several, which settle blocks behind one another, take the exact ones from `append`.
     """
     rounded_k, rounded_v = keys.read(lengths), values.read(lengths)
     at = starts[:, None] + jnp.arange(q.shape[2])
     causal = jnp.arange(rounded_k.shape[2]) <= at[:, :, None]
-    if exact is None or (keys.exact and values.exact):
+    if q.shape[2] == 1 or append is None or (keys.exact and values.exact):
         return _mix(_weights(_scores(q, rounded_k, scale), causal), rounded_v).astype(q.dtype)
-    exact_k, exact_v = exact
+    exact_k = exact_view(append.keys, append.k, starts)
+    exact_v = exact_view(append.values, append.v, starts)
     ages = at + 1 if round_own else jnp.broadcast_to(starts[:, None], at.shape)
     k_settled, v_settled = (_seen_settled(store, ages, rounded_k.shape[2]) for store in (keys, values))
     scores = jnp.where(k_settled, _scores(q, rounded_k, scale), _scores(q, exact_k, scale))

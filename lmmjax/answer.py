@@ -181,7 +181,7 @@ def _stream(
 
 def _settled(text: str, done: bool) -> str:
     """Returns the text without the space that joins it to the prompt, and no last character half written."""
-    return (text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")).lstrip()
+    return (text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")).removeprefix(" ")
 
 
 def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[str, tuple[str, ...]]:
@@ -192,7 +192,7 @@ def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[st
         raise InputError(f"--plan: its cache does not fit this model: {error}") from error
     try:
         phases = {"prefill": t, "decode": 1}
-        return {phase: engine.backends(model.config, cache, step, name) for phase, step in phases.items()}
+        return {phase: engine.backends(model.config, model.params, cache, step, name) for phase, step in phases.items()}
     except ValueError as error:
         raise InputError(f"--backend: {error}") from error
 

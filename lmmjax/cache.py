@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attend import attend
 from kernels.quantize import Axis
-from kernels.stores import Dense, Packed, Rounded, Store, exact_view
+from kernels.reference import Append
+from kernels.stores import Dense, Packed, Rounded, Store
 from lmmjax.config import TextConfig
 from lmmjax.plan import CacheFormat, Plan
 
@@ -48,16 +49,13 @@ class CachedAttention(struct.PyTreeNode):
         """Returns the attention of q over the stores with k and v appended, and these stores."""
         keys = self.keys.append(k, self.starts, self.counts)
         values = self.values.append(v, self.starts, self.counts)
-        exact = None
-        if q.shape[2] > 1 and not (keys.exact and values.exact):
-            exact = (exact_view(self.keys, k, self.starts), exact_view(self.values, v, self.starts))
         out = attend(
             q,
             keys,
             values,
             self.starts + self.counts,
             starts=self.starts,
-            exact=exact,
+            append=Append(k, v, self.keys, self.values),
             round_own=self.round_own,
             backend=self.backend,
         )

@@ -67,7 +67,6 @@ def _embedded(
     config: LlavaConfig, params: Params, encoded: Encoded, tokens: str
 ) -> Iterator[tuple[Array, Array, Array]]:
     """Yields batches of (embeddings, attention mask, chosen positions), the last filled up with empty rows."""
-    run = jax.jit(lambda p, ids, pixels: llava.embed(config, p, ids, llava.encode_images(config, p, pixels)))
     samples, length = encoded.tokens.shape
     causal = np.tril(np.ones((length, length), bool))
     for start in range(0, samples, BATCH):
@@ -76,7 +75,7 @@ def _embedded(
         rows = np.minimum(rows, samples - 1)
         valid = (np.arange(length) < encoded.lengths[rows, None]) & real[:, None]
         chosen = valid if tokens == "all" else valid & (encoded.tokens[rows] != config.image_token)
-        x = run(params, encoded.tokens[rows], encoded.pixels[rows])
+        x = llava.embed_prompts(config, params, encoded.tokens[rows], encoded.lengths[rows], encoded.pixels[rows])
         yield x, jnp.broadcast_to(causal, (BATCH, length, length)), jnp.asarray(chosen)
 
 

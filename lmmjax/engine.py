@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from kernels import attend
 from lmmjax import llava
-from lmmjax.cache import Cache, empty_cache
+from lmmjax.cache import Cache, CachedAttention, empty_cache
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
@@ -57,9 +57,7 @@ def prefill(
     backend: str | None = None,
 ) -> State:
     """Returns the state with the prompts in its cache and the first token of every answer. Consumes `state`."""
-    # Padding is no image, whatever id it is made of.
-    tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-    x = llava.embed(config, params, tokens, images)
+    x = llava.embed(config, params, tokens, images, lengths)
     states, cache = llava.extend(config, params, state.cache, x, lengths, backend)
     last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _write(state.replace(cache=cache), llava.logits(config, params, last))
@@ -78,7 +76,7 @@ def decode(
     def advance(carry: tuple[Array, State]) -> tuple[Array, State]:
         step, state = carry
         last = jnp.take_along_axis(state.answer, state.counts[:, None] - 1, axis=1)
-        x = llava.embed(config, params, last, None)
+        x = llava.embed(config, params, last)
         states, cache = llava.extend(config, params, state.cache, x, jnp.where(state.done, 0, 1), backend)
         return step + 1, _write(state.replace(cache=cache), llava.logits(config, params, states[:, 0]))
 
@@ -162,16 +160,29 @@ def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:
 
 def new_cache(config: LlavaConfig, params: Params, plan: Plan | None, batch: int, capacity: int) -> Cache:
     """Returns an empty cache in the plan's formats; without a plan dense, in the weights' dtype."""
-    dtype = None if plan else str(params["text"]["embedding"].dtype)
-    return empty_cache(config.text, plan or uniform(config.text), batch, capacity, dtype)
+    return empty_cache(config.text, plan or uniform(config.text), batch, capacity, None if plan else _dtype(params))
 
 
-def backends(config: LlavaConfig, cache: Cache, t: int, name: str | None = None) -> tuple[str, ...]:
-    """Returns which attention backends run, over all layers, when t tokens a row are appended to this cache."""
-    q = jax.ShapeDtypeStruct((cache.lengths.shape[0], config.text.heads, t, config.text.head_dim), jnp.float32)
-    rest = (cache.lengths, cache.lengths, None, cache.round_own, config.text.head_dim**-0.5)
-    chosen = (attend.choose(name, q, keys, values, *rest) for keys, values in cache.layers)
-    return tuple(dict.fromkeys(chosen))
+def backends(config: LlavaConfig, params: Params, cache: Cache, t: int, name: str | None = None) -> tuple[str, ...]:
+    """Returns which attention backends run, over all layers, when t tokens a row are appended to this cache.
+
+    Found by tracing the very call that the decoder makes, without computing anything.
+    """
+    batch, text, dtype = cache.lengths.shape[0], config.text, _dtype(params)
+    q = jax.ShapeDtypeStruct((batch, text.heads, t, text.head_dim), dtype)
+    k = jax.ShapeDtypeStruct((batch, text.kv_heads, t, text.head_dim), dtype)
+
+    def run(cache: Cache, q: Array, k: Array, v: Array) -> None:
+        for keys, values in cache.layers:
+            CachedAttention(keys, values, cache.lengths, cache.lengths, cache.round_own, name)(q, k, v)
+
+    with attend.recorded() as names:
+        jax.eval_shape(run, cache, q, k, k)
+    return tuple(dict.fromkeys(names))
+
+
+def _dtype(params: Params) -> str:
+    return str(params["text"]["embedding"].dtype)
 
 
 def _write(state: State, logits: Float[Array, "b v"]) -> State:

@@ -5,7 +5,6 @@ Batches are all of one shape: whatever is compiled for one serves them all.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 
@@ -109,7 +108,7 @@ def batches(
         at = np.argsort(~wanted[rows], axis=1, kind="stable")[:, :width]
         counted = np.take_along_axis(wanted[rows], at, 1) & real[:, None]
         yield Batch(
-            x=_embed(config, params, encoded.tokens[rows], encoded.pixels[rows]),
+            x=llava.embed_prompts(config, params, encoded.tokens[rows], encoded.lengths[rows], encoded.pixels[rows]),
             lengths=jnp.asarray(encoded.lengths[rows]),
             at=jnp.asarray(at),
             targets=jnp.asarray(np.take_along_axis(encoded.tokens[rows], at, 1)),
@@ -150,8 +149,3 @@ def _text(config: LlavaConfig, encoded: Encoded) -> Bool[np.ndarray, "b t"]:
     position = np.arange(encoded.tokens.shape[1])
     inside = (position > 0) & (position < encoded.lengths[:, None])
     return inside & (encoded.tokens != config.image_token)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: LlavaConfig, params: Params, tokens: Array, pixels: Array) -> Float[Array, "b t e"]:
-    return llava.embed(config, params, tokens, llava.encode_images(config, params, pixels))

@@ -1,5 +1,6 @@
 """LLaVA: images become tokens of the language model. One Flax module, used through pure functions over params."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -75,11 +76,32 @@ def encode_images(config: LlavaConfig, params: Params, pixels: Float[Array, "n c
 
 
 def embed(
-    config: LlavaConfig, params: Params, tokens: Int[Array, "b t"], images: Float[Array, "n p e"] | None
+    config: LlavaConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    images: Float[Array, "n p e"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b t e"]:
-    """Returns the prompt's embeddings, its image tokens replaced by the images in order of appearance."""
+    """Returns the prompt's embeddings, its image tokens replaced by the images in order of appearance.
+
+    `lengths` says where padding begins: it is no image, whatever id it is made of.
+    """
+    if lengths is not None:
+        tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
     x = _apply(config, params, Llava.embed, tokens)
     return x if images is None else merge(config, tokens, x, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed_prompts(
+    config: LlavaConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    pixels: Float[Array, "n c y x"],
+) -> Float[Array, "b t e"]:
+    """Returns `embed` of right-padded prompts straight from their images' pixels, as one program."""
+    return embed(config, params, tokens, encode_images(config, params, pixels), lengths)
 
 
 def extend(

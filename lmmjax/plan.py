@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernels.quantize import PACKED_BITS
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 
-BITS = (16, 8, 4, 2)
+BITS = (16, *PACKED_BITS)
+"""The widths of keys and values; 16 is exact, in the cache's dtype."""
+DTYPES = ("bfloat16", "float16", "float32")
+VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,15 @@ class CacheFormat:
     window: int = 0
     dtype: str = "bfloat16"
     quantize_prefill: bool = True
+
+    def __post_init__(self):
+        if self.group < 1 or self.window < 0 or self.window % self.group:
+            raise InputError(
+                f"cache: got group {self.group}, window {self.window}; expected a group of at least 1 and a window that is"
+                " a multiple of it"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"cache: got dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +60,10 @@ class Calibration:
     tokens: str = "all"
     seed: int = 0
 
+    def __post_init__(self):
+        if self.samples < 1 or self.seed < 0:
+            raise InputError(f"calibration: got {self.samples} samples and seed {self.seed}, expected >= 1 and >= 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -56,6 +73,7 @@ class Plan:
     score: str = "lognorm"
     calibration: Calibration = Calibration()
     cache: CacheFormat = CacheFormat()
+    version: int = VERSION
 
     @property
     def prunes(self) -> bool:
@@ -88,22 +106,33 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Returns the plan that `to_json` wrote; unknown or missing keys and wrong types are an InputError."""
+        """Returns the plan that `to_json` wrote.
+
+        Raises:
+            InputError: unknown or missing keys, values of a wrong type or out of range, or another version.
+        """
         try:
-            raw = json.loads(text)
-            layers = tuple(_build(LayerPlan, layer, f"layers[{i}]") for i, layer in enumerate(raw.pop("layers")))
-            parts = {"calibration": Calibration, "cache": CacheFormat}
-            built = {name: _build(kind, raw.pop(name), name) for name, kind in parts.items() if name in raw}
-            return _build(cls, {**raw, **built, "layers": layers}, "plan")
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"plan: not a plan.json ({type(error).__name__}: {error})") from error
+            raw = _mapping(json.loads(text), "plan")
+        except json.JSONDecodeError as error:
+            raise InputError(f"plan: not JSON ({error})") from error
+        if raw.get("version") != VERSION:
+            raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads {VERSION}")
+        if not isinstance(raw.get("layers"), list):
+            raise InputError("plan.layers: expected a list, one entry a decoder layer")
+        built: dict[str, Any] = {
+            "layers": tuple(_build(LayerPlan, x, f"layers[{i}]") for i, x in enumerate(raw["layers"]))
+        }
+        for name, kind in (("calibration", Calibration), ("cache", CacheFormat)):
+            built |= {name: _build(kind, raw[name], name)} if name in raw else {}
+        return _build(cls, {**raw, **built}, "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         try:
             return cls.from_json(Path(path).read_text())
-        except OSError as error:
-            raise InputError(f"--plan: cannot read {path} ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise InputError(f"--plan: cannot read {path} ({reason})") from error
 
 
 def uniform(text: TextConfig, *, drop: Mapping[str, int] | None = None, bits: int = 16, **settings: Any) -> Plan:
@@ -112,12 +141,23 @@ def uniform(text: TextConfig, *, drop: Mapping[str, int] | None = None, bits: in
     return Plan((layer,) * text.layers, **settings)
 
 
-def _build(kind: type, raw: Mapping[str, Any], where: str) -> Any:
-    unknown = set(raw) - _names(dataclasses.fields(kind))
-    if unknown:
-        raise InputError(f"{where}: unknown {', '.join(sorted(unknown))}; expected a plan.json of this version")
+def _build(kind: type, raw: Any, where: str) -> Any:
+    """Returns the dataclass of these values, after a look at their names and types."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := set(_mapping(raw, where)) - set(fields):
+        raise InputError(f"{where}: unknown {', '.join(sorted(unknown))}; expected {', '.join(fields)}")
+    for name, value in raw.items():
+        expected = fields[name].type
+        # type(), for a bool is an int to isinstance
+        if expected in (int, bool, str) and type(value) is not expected:
+            raise InputError(f"{where}.{name}: got {value!r}, expected {getattr(expected, '__name__', expected)}")
+    for name, count in _mapping(raw.get("drop", {}), f"{where}.drop").items():
+        if type(count) is not int:
+            raise InputError(f"{where}.drop.{name}: got {count!r}, expected int")
     return kind(**raw)
 
 
-def _names(fields: Iterable[dataclasses.Field]) -> set[str]:
-    return {field.name for field in fields}
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: got {value!r}, expected an object")
+    return value

@@ -54,8 +54,9 @@ class WeightBudget:
         """Returns inputs to drop, such that `kept` is `keep` as nearly as whole inputs allow.
 
         The error is at most half the rows of the smallest linear, as a share of all weights: 3e-7 for LLaVA-1.5
-        7B. (Half those of the largest, where the smaller ones have no input left to drop.) Counts are within two
-        inputs of the shifted wish, which lies in the box, unless a linear has many times another's rows.
+        7B. (Half those of the largest, where the smaller ones have no input left to drop.) Counts are near
+        the shifted wish, which lies in the box: what is left for no larger linear goes to the smallest, so its count
+        may be above by as many inputs as the largest linear has times its rows.
         """
         wish = np.clip(wish, self.low, self.high)
         ratio = np.clip(wish + self._shift(wish), self.low, self.high)

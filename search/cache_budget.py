@@ -28,8 +28,6 @@ class CacheBudget:
             raise InputError(f"--kv-budget: got {self.keep:g}, expected a share of the dense bytes, 0 < share <= 1")
         if self.context < 1:
             raise InputError(f"--context: got {self.context}, expected a number of tokens, at least 1")
-        if group < 1 or window < 0 or window % group:
-            raise InputError(f"--group, --window: got {group} and {window}, expected window a multiple of group")
         narrowest = {side: np.zeros(self.text.layers, int) for side in ("keys", "values")}
         lowest = self.share(*self._bits(narrowest))
         if self.keep < lowest:

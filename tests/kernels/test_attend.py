@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from kernels import attend as op
-from kernels.stores import Dense, Packed, exact_view
+from kernels.reference import Append
+from kernels.stores import Dense, Packed
 
 B, H, K, S, D = 2, 4, 2, 16, 8
 
@@ -50,8 +51,8 @@ def test_several_queries_see_what_each_would_have_seen_alone(round_own):
     q, k, v, lengths = draw(3, B, H, 9, D), draw(4, B, K, 9, D), draw(5, B, K, 9, D), jnp.full(B, 9)
     keys, values, zero = filled(2, k, lengths), filled(2, v, lengths, "channels"), jnp.zeros(B, jnp.int32)
     empty_k, empty_v = filled(2, k, zero), filled(2, v, zero, "channels")
-    exact = exact_view(empty_k, k, zero), exact_view(empty_v, v, zero)
-    out = op.attend(q, keys, values, lengths, exact=exact, round_own=round_own)
+    append = Append(k, v, empty_k, empty_v)
+    out = op.attend(q, keys, values, lengths, append=append, round_own=round_own)
     for i in range(9):
         length = jnp.full(B, i + 1)
         seen = (
@@ -63,9 +64,9 @@ def test_several_queries_see_what_each_would_have_seen_alone(round_own):
         np.testing.assert_allclose(out[:, :, i : i + 1], alone, rtol=2e-5, atol=2e-5)
 
 
-def test_several_queries_on_quantized_stores_need_the_exact_values():
+def test_several_queries_on_quantized_stores_need_their_append():
     k, lengths = draw(6, B, K, 9, D), jnp.full(B, 9)
-    with pytest.raises(ValueError, match="exact: got None for 9 queries"):
+    with pytest.raises(ValueError, match="append: got None for 9 queries"):
         op.attend(draw(7, B, H, 9, D), filled(4, k, lengths), filled(4, k, lengths), lengths)
 
 

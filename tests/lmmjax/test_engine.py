@@ -180,6 +180,6 @@ def test_prompts_are_checked(params: llava.Params, images: jax.Array):
 
 def test_the_backends_that_ran_are_named(params: llava.Params, images: jax.Array):
     state = engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, plan=PLANS["mixed"])
-    assert engine.backends(CONFIG, state.cache, 1) == ("reference",)
+    assert engine.backends(CONFIG, params, state.cache, 1) == ("reference",)
     with pytest.raises(ValueError, match="expected one of"):
         engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, backend="none such")

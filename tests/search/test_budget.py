@@ -65,7 +65,9 @@ def test_counts_stay_in_the_box_and_keep_the_order_of_the_wishes(layers, keep, b
     wish = wishes(seed, budget.inputs.shape, 0, 1)
     drops = budget.project(wish)
     assert (drops >= np.floor(budget.low * budget.inputs)).all()
-    assert (drops <= budget.high * budget.inputs + 2).all()
+    # What is left for no larger linear goes to the smallest, input by input.
+    most = budget.outputs.max() / budget.outputs.min()
+    assert (drops <= budget.high * budget.inputs + 1 + most).all()
     name = 6  # `down`: alike in all layers, so a larger wish may not drop less by more than the rounding
     order = np.argsort(wish[:, name])
     assert (np.diff(drops[order, name]) >= -2).all()
@@ -174,7 +176,6 @@ def test_uniform_widths_fit_largest_first_with_the_keys_wider():
         ({"keep": 0.1}, r"--kv-budget: got 0\.1 .* can take 0\.\d+ to 1"),
         ({"keep": 1.5}, "--kv-budget: got 1.5"),
         ({"context": 0}, "--context: got 0"),
-        ({"form": CacheFormat(32, 40)}, "--group, --window: got 32 and 40"),
     ],
 )
 def test_a_cache_budget_that_cannot_be_met_is_refused(settings, message):

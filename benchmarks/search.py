@@ -22,9 +22,9 @@ from lmmjax.errors import exit_code
 from lmmjax.evaluate import Result
 from search import comparison, problem, sets, study
 from search.problem import Problem
+from search.session import best_candidate
 from search.settings import Settings
 from search.space import Candidate
-from search.tpe import best_candidate
 
 SEARCHERS = {"random": study.random, "tpe": study.tpe}
 HEADER = "budget  blocks     score seed  method                        search       KL   right  trials/min"

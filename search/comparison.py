@@ -1,6 +1,7 @@
 """The searched plan beside its baselines: dense, and uniform pruning by every score under the same two budgets."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from lmmjax.evaluate import Result
 from lmmjax.prune import SCORES
 from lmmjax.prune.transform import Ranks
 from search.intervals import bootstrap, wilson
-from search.objective import Evaluator
+from search.objective import Evaluator, perplexity
 from search.space import Candidate, Space, dense
 
 Measure = Callable[[Result], float]
@@ -29,28 +30,37 @@ class Contender:
 def contenders(
     space: Space, rank: Callable[[str], Ranks], searched: Candidate, score: str, on_search: Evaluator, measure: Measure
 ) -> Iterator[Contender]:
-    """Yields dense, uniform by every score, uniform wanda with the dense cache, and the searched allocation.
+    """Yields dense, uniform by every score, uniform wanda with two other caches, and the searched allocation.
 
     The uniform widths are the best of those that fit, by the search's own objective on the search set: a
-    baseline gets the same look at the data as the search.
+    baseline gets the same look at the data as the search. Widths alike everywhere leave bytes over; "slack
+    filled" spends those on wider sides, as the search's plans do. The third cache is the dense one.
     """
     layers = space.weights.text.layers
     nothing = dense(layers)
     yield Contender("dense", nothing, rank(score))
+    alike = [
+        Candidate(space.weights.uniform(), np.full(layers, k), np.full(layers, v)) for k, v in space.cache.uniform()
+    ]
     for name in SCORES:
         ranks = rank(name)
-        pairs = [
-            Candidate(space.weights.uniform(), np.full(layers, k), np.full(layers, v)) for k, v in space.cache.uniform()
-        ]
-        best = min(pairs, key=lambda candidate: measure(on_search(candidate, ranks)))
-        yield Contender(f"uniform {name}", best, ranks)
+
+        def loss(candidate: Candidate, ranks: Ranks = ranks) -> float:
+            value = measure(on_search(candidate, ranks))
+            return math.inf if math.isnan(value) else value
+
+        yield Contender(f"uniform {name}", min(alike, key=loss), ranks)
         if name == "wanda" and space.cache.keep < 1:
-            yield Contender("uniform wanda, dense cache", nothing._replace(drops=best.drops), ranks)
+            yield Contender("uniform wanda, slack filled", min(space.uniform(), key=loss), ranks)
+            yield Contender("uniform wanda, dense cache", nothing._replace(drops=space.weights.uniform()), ranks)
     yield Contender("searched", searched, rank(score))
 
 
-def row(contender: Contender, result: Result, space: Space) -> dict[str, Any]:
-    """Returns what the report says of a contender: its size, and its quality with 95% intervals."""
+def row(contender: Contender, result: Result, space: Space, tokens: str) -> dict[str, Any]:
+    """Returns what the report says of a contender: its size, and its quality with 95% intervals.
+
+    Perplexity is said where all text tokens were counted: over an answer's one or two it means little.
+    """
     candidate = contender.candidate
     right, n = int(np.sum(result.sums.correct)), len(result.kinds)
     return {
@@ -63,6 +73,7 @@ def row(contender: Contender, result: Result, space: Space) -> dict[str, Any]:
         "kl": result.kl,
         "kl_interval": bootstrap(result.sums.kl, result.sums.tokens),
         "nll": result.nll,
+        **({"ppl": perplexity(result)} if tokens == "text" else {}),
         "accuracy": result.accuracy,
         "accuracy_interval": wilson(right, n),
         "by_kind": result.by_kind,

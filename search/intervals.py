@@ -28,5 +28,6 @@ def bootstrap(numerators: ArrayLike, denominators: ArrayLike | None = None, seed
     n = len(above)
     below = np.ones(n) if denominators is None else np.asarray(denominators, float)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=2000)
-    low, high = np.quantile((counts @ above) / (counts @ below), [0.025, 0.975])
+    with np.errstate(invalid="ignore"):  # a sample can be infinite; the interval is NaN then
+        low, high = np.quantile((counts @ above) / (counts @ below), [0.025, 0.975])
     return float(low), float(high)

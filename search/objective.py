@@ -1,7 +1,8 @@
 """What a candidate is judged by: one compiled program, in which drops and bits are data, serves the whole study."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -18,11 +19,17 @@ from lmmjax.prune import masked
 from lmmjax.prune.transform import Ranks
 from search.space import Candidate, dense
 
+
+def perplexity(result: Result) -> float:
+    """Returns e to the mean negative log-likelihood, infinity where that is too large for a number."""
+    return result.ppl if result.nll < 700 else math.inf
+
+
 OBJECTIVES: dict[str, Callable[[Result], float]] = {
     "kl": lambda result: result.kl,
     "nll": lambda result: result.nll,
     "accuracy": lambda result: 1 - result.accuracy,
-    "ppl": lambda result: result.ppl,
+    "ppl": perplexity,
 }
 """By name, what is made as small as possible. `ppl` counts all text tokens, the others those of the answers."""
 
@@ -44,17 +51,19 @@ class Evaluator:
         self._config, self._params, self._ranks, self._form = config, params, ranks, form
         self._encoded = encoded
         self._batches = list(evaluate.batches(config, params, encoded, min(batch, len(encoded.kinds)), tokens))
-        self._reference = self._run(dense(config.text.layers), ranks)
+        self._reference = list(self._predictions(dense(config.text.layers), ranks))
 
     def __call__(self, candidate: Candidate, ranks: Ranks | None = None) -> Result:
         """Returns the result of an allocation; weights go in the order of `ranks`, by default the search's."""
-        predicted = self._run(candidate, ranks or self._ranks)
+        predicted = self._predictions(candidate, ranks or self._ranks)
         triples = zip(self._batches, self._reference, predicted, strict=True)
         return evaluate.gather([_compare(*triple) for triple in triples], self._encoded)
 
-    def _run(self, candidate: Candidate, ranks: Ranks) -> list[LogProbs]:
+    def _predictions(self, candidate: Candidate, ranks: Ranks) -> Iterator[LogProbs]:
+        """Yields batch by batch: those of a whole set, a number a word of the vocabulary, are held once only."""
         allocation = tuple(np.asarray(array, np.int32) for array in candidate)
-        return [_predict(self._config, self._form, self._params, ranks, *allocation, batch) for batch in self._batches]
+        for batch in self._batches:
+            yield _predict(self._config, self._form, self._params, ranks, *allocation, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form"))

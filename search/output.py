@@ -1,11 +1,10 @@
 """The output directory of a search: plan.json, checkpoint/, the report, and the lock that keeps it to one process."""
 
-import contextlib
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from lmmjax import checkpoint
 from lmmjax.checkpoint import read_json
@@ -13,35 +12,33 @@ from lmmjax.errors import InputError
 from lmmjax.files import write_atomic
 from search import report, study
 from search.problem import Problem
-from search.settings import Settings
 from search.space import Candidate
+from search.storage import alone
+
+RESULTS = ("checkpoint/lmmjax.json", "plan.json", "report.html", "report.json")
 
 
-@contextlib.contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Holds OUT for this process; the kernel lets go of it however the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"--out: cannot write to {out} ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--out: another search is writing to {out}; wait for it, or give another --out") from None
-        yield
-    finally:
-        os.close(descriptor)
+def only_one(out: Path) -> AbstractContextManager[None]:
+    """Holds OUT for this process.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    return alone(out, out / ".lock", "--out")
 
 
 def write_model(out: Path, chosen: Problem, best: Candidate) -> None:
-    """Writes plan.json and the compressed checkpoint, in place of those of an earlier run."""
+    """Writes plan.json and the compressed checkpoint, in place of those of an earlier run.
+
+    An earlier report goes first: it never stands beside a model that it does not describe.
+    """
     plan = chosen.plan(best)
     new, old, target = out / ".checkpoint-new", out / ".checkpoint-old", out / "checkpoint"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoint.save(new, chosen.compressed(best), like=chosen.checkpoint.path, plan=plan)
+    for name in ("report.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
     if target.exists():
         target.rename(old)
     new.rename(target)
@@ -49,12 +46,15 @@ def write_model(out: Path, chosen: Problem, best: Candidate) -> None:
     write_atomic(out / "plan.json", plan.to_json())
 
 
-def is_finished(out: Path, settings: Settings, trials: int) -> bool:
-    """Returns whether OUT holds the report of this search with at least so many trials."""
-    if not (out / "report.json").exists():
+def is_finished(out: Path, asked: Mapping[str, Any], trials: int) -> bool:
+    """Returns whether OUT holds all results of the search that is asked for, with at least so many trials."""
+    if not all((out / name).exists() for name in RESULTS):
         return False
-    found = read_json(out / "report.json")
-    return not study.compare(found["settings"], vars(settings)) and found["trials"] >= trials
+    try:
+        found = read_json(out / "report.json")
+    except InputError:
+        return False
+    return not study.compare(found.get("settings", {}), asked) and found.get("trials", 0) >= trials
 
 
 def show(out: Path) -> int:

@@ -66,6 +66,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def number(value: float | None, form: str = ".4f") -> str:
+    """Returns a number as text, "n/a" where there is none because it was not finite."""
+    return "n/a" if value is None else format(value, form)
+
+
 def kilobytes(count: float) -> str:
     """Returns a number of bytes in the unit that suits it, powers of 1000."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -86,7 +91,7 @@ def _cards(report: Report) -> str:
         (percent(ours["weights_kept"], 2), "of the prunable weights kept"),
         (f"{kilobytes(dense['kv_bytes'])} → {kilobytes(ours['kv_bytes'])}", _cache_words(report, ours)),
         (percent(ours["accuracy"]), f"answered right (dense {percent(dense['accuracy'])})"),
-        (f"{ours['kl']:.3g}", "KL from the dense model, nats a token"),
+        (number(ours["kl"], ".3g"), "KL from the dense model, nats a token"),
     ]
     return f"<div class=cards>{''.join(f'<div class=card><b>{a}</b><span>{b}</span></div>' for a, b in cards)}</div>"
 
@@ -97,7 +102,8 @@ def _cache_words(report: Report, ours: Mapping[str, Any]) -> str:
 
 def _comparison(report: Report) -> str:
     kinds = list(report["rows"][0]["by_kind"])
-    head = ["", "weights kept", "KV bytes", "KL", "right", *(kinds if len(kinds) > 1 else [])]
+    perplexity = ["ppl"] if "ppl" in report["rows"][0] else []
+    head = ["", "weights kept", "KV bytes", "KL", *perplexity, "right", *(kinds if len(kinds) > 1 else [])]
     lines = [f"<tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>"]
     for row in report["rows"]:
         low, high = row["accuracy_interval"]
@@ -105,7 +111,8 @@ def _comparison(report: Report) -> str:
             _text(row["name"]),
             percent(row["weights_kept"], 2),
             f"{kilobytes(row['kv_bytes'])} <small>{percent(row['kv_share'])}</small>",
-            f"{row['kl']:.4f}",
+            number(row["kl"]),
+            *(number(row[name]) for name in perplexity),
             f"{percent(row['accuracy'])} <small>[{100 * low:.1f}, {100 * high:.1f}]</small>",
             *(percent(row["by_kind"][kind]) for kind in (kinds if len(kinds) > 1 else [])),
         ]
@@ -117,9 +124,9 @@ def _comparison(report: Report) -> str:
 def _differences(report: Report) -> str:
     lines = ["<tr><th>searched minus</th><th>answers right</th><th>KL</th></tr>"]
     for name, row in report["differences"].items():
-        low, high = row["kl_interval"]
+        low, high = (number(end, "+.4f") for end in row["kl_interval"])
         right = points(row["accuracy"], row["accuracy_interval"])
-        kl = f"{row['kl']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        kl = f"{number(row['kl'], '+.4f')} [{low}, {high}]"
         lines.append(f"<tr><td>{_text(name)}</td><td>{right}</td><td>{kl}</td></tr>")
     return f"<table>{''.join(lines)}</table><p class=note>{_text(report['notes']['differences'])}</p>"
 

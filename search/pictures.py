@@ -11,9 +11,11 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lmmjax.plan import BITS
+
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#8A8F98", "#1F2430"
 """From Okabe and Ito's palette, which colour-blind readers can tell apart."""
-WIDTHS = (2, 4, 8, 16)
+WIDTHS = tuple(sorted(BITS))
 Report = Mapping[str, Any]
 
 
@@ -39,15 +41,16 @@ def allocation(report: Report) -> bytes:
 def history(report: Report) -> bytes:
     """Returns every trial's value in order, the uniform starts marked, and the best so far."""
     trials = report["history"]
-    values = np.array([trial["value"] for trial in trials])
+    values = np.array([trial["value"] for trial in trials], float)  # None, a trial that failed, is NaN: not drawn
     uniform = np.array([trial["uniform"] for trial in trials])
     number = np.arange(1, len(values) + 1)
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.scatter(number[~uniform], values[~uniform], s=22, color=GREY, alpha=0.75, label="trial", linewidths=0)
     axes.scatter(number[uniform], values[uniform], s=60, color=ORANGE, marker="D", label="uniform", zorder=3)
-    axes.step(number, np.minimum.accumulate(values), where="post", color=BLUE, linewidth=2, label="best so far")
-    if values.min() > 0 and values.max() > 5 * values.min():
+    axes.step(number, np.fmin.accumulate(values), where="post", color=BLUE, linewidth=2, label="best so far")
+    finite = values[np.isfinite(values)]
+    if len(finite) and finite.min() > 0 and finite.max() > 5 * finite.min():
         axes.set_yscale("log")
     axes.set_xlabel("trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -63,7 +66,7 @@ def comparison(report: Report) -> bytes:
     figure = Figure(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _dots(left, rows, "accuracy")
-    _dots(right, [row | {"kl": max(row["kl"], 0)} for row in rows], "kl")
+    _dots(right, rows, "kl")
     left.set_xlabel("questions answered right (more is better)")
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
     left.xaxis.set_major_locator(MaxNLocator(6))
@@ -101,8 +104,8 @@ def _bits(axes: Axes, table: Mapping[str, Any]) -> None:
         axes.barh(at, steps, height=0.34, color=color, label=side.replace("_bits", "s"))
         for y, step, bits in zip(at, steps, table[side], strict=True):
             axes.text(step + 0.06, y, str(bits), va="center", fontsize=8, color=INK)
-    axes.set_xticks(range(1, 5), [str(bits) for bits in WIDTHS])
-    axes.set_xlim(0, 4.6)
+    axes.set_xticks(range(1, len(WIDTHS) + 1), [str(bits) for bits in WIDTHS])
+    axes.set_xlim(0, len(WIDTHS) + 0.6)
     axes.set_title("bits of the cache", fontsize=11, loc="left")
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.02, 1), ncols=2, borderaxespad=0, columnspacing=1)
     axes.tick_params(axis="y", length=0, labelleft=False)
@@ -111,10 +114,11 @@ def _bits(axes: Axes, table: Mapping[str, Any]) -> None:
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     for index, row in enumerate(rows):
-        low, high = row[f"{key}_interval"]
+        low, high = np.array(row[f"{key}_interval"], float)  # None, which is no number, is NaN: not drawn
+        value = np.maximum(np.array(row[key], float), 0)
         color = {"searched": BLUE, "dense": GREEN}.get(row["name"], GREY)
         axes.plot([low, high], [index, index], color=color, linewidth=3, alpha=0.55, solid_capstyle="round")
-        axes.plot(row[key], index, "o", color=color, markersize=8)
+        axes.plot(value, index, "o", color=color, markersize=8)
     axes.grid(axis="x", color="#E3E6EA", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)

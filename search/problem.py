@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,9 +44,9 @@ class Problem:
         """Returns what a point is worth: the objective of the candidate on the budget that it stands for."""
         candidate = self.space.candidate(point)
         result = self.evaluator(candidate)
-        facts = {"kl": result.kl, "nll": result.nll, "accuracy": result.accuracy}
+        facts: dict[str, Any] = {"kl": _number(result.kl), "nll": _number(result.nll), "accuracy": result.accuracy}
         facts |= {name: array.tolist() for name, array in candidate._asdict().items()}
-        return Outcome(self.measure(result), self.space.encode(candidate), facts)
+        return Outcome(_number(self.measure(result)), self.space.encode(candidate), facts)
 
     @property
     def measure(self) -> Callable[[Result], float]:
@@ -66,9 +68,10 @@ class Problem:
 
     def report_evaluator(self) -> Evaluator:
         """Returns what judges on the report set, by the same rules."""
-        encoded = encode(self.checkpoint, self.sets.report)
+        model, chosen = self.checkpoint, self.settings
+        encoded = encode(model, self.sets.report)
         return Evaluator(
-            self.checkpoint.config, self.checkpoint.params, self.ranks, self.settings.form, encoded, batch=self.batch
+            model.config, model.params, self.ranks, chosen.form, encoded, batch=self.batch, tokens=chosen.tokens
         )
 
     def compared(self, searched: Candidate) -> Iterator[tuple[Contender, Result]]:
@@ -98,9 +101,8 @@ def prepare(settings: Settings, checkpoint: Checkpoint, report_samples: int, bat
     calibrating = encode(checkpoint, taken.calibration)
     statistics = calibrate.statistics(config, params, calibrating, settings.calibration_tokens)
     ranks = rank_model(config, params, statistics, settings.score)
-    tokens = "text" if settings.objective == "ppl" else "answer"
     searching = encode(checkpoint, taken.search)
-    evaluator = Evaluator(config, params, ranks, settings.form, searching, batch=batch, tokens=tokens)
+    evaluator = Evaluator(config, params, ranks, settings.form, searching, batch=batch, tokens=settings.tokens)
     return Problem(settings, checkpoint, space, taken, statistics, ranks, evaluator, batch)
 
 
@@ -109,10 +111,19 @@ def encode(checkpoint: Checkpoint, samples: list[data.Sample]) -> Encoded:
 
 
 def fingerprint(problem: Problem) -> str:
-    """Returns a short hash of the weights (each tensor's first numbers) and of the questions searched on."""
+    """Returns a short hash of the weights and of the questions searched on.
+
+    Of every tensor its shape and about 1000 numbers, spread over it, take part.
+    """
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(problem.checkpoint.params):
-        digest.update(np.asarray(leaf.ravel()[:256]).tobytes())
+        step = leaf.size // 1000 | 1  # odd, so as not to meet the same column in every row
+        digest.update(f"{leaf.shape}".encode() + np.asarray(leaf.ravel()[::step]).tobytes())
     for sample in (*problem.sets.calibration, *problem.sets.search):
         digest.update(f"{Path(sample.image).name}\n{sample.question}\n{sample.answer}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _number(value: float) -> float:
+    """Returns the value, infinity in place of NaN: a plan that breaks the model is the worst, not the search's end."""
+    return math.inf if math.isnan(value) else value

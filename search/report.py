@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,12 +15,13 @@ from lmmjax.evaluate import Result
 from lmmjax.files import write_atomic
 from search import comparison, page, pictures
 from search.comparison import Contender
-from search.page import kilobytes, percent, points
+from search.page import kilobytes, number, percent, points
 from search.problem import Problem
 from search.space import Candidate
 
 Report = dict[str, Any]
-RIVAL = "uniform wanda"
+RIVALS = ("uniform wanda", "uniform wanda, slack filled")
+"""The baselines that the headline is about: it names the better of them on the report set."""
 
 
 def assemble(
@@ -29,15 +31,17 @@ def assemble(
     compared: Iterable[tuple[Contender, Result]],
     extra: Mapping[str, Any],
 ) -> Report:
-    """Returns the report; `extra` holds what only the command knows (its own text, timings)."""
-    settings, space = problem.settings, problem.space
+    """Returns the report; `extra` holds what only the command knows (what was asked for, its own text, timings).
+
+    Numbers that are not finite are None: JSON has no others.
+    """
+    space = problem.space
     results = {contender.name: (contender, result) for contender, result in compared}
     starts = len(space.uniform())
     report = {
-        "settings": vars(settings).copy(),
         "trials": len(trials),
         "sets": problem.sets.origin,
-        "rows": [comparison.row(*pair, space) for pair in results.values()],
+        "rows": [comparison.row(*pair, space, problem.settings.tokens) for pair in results.values()],
         "differences": comparison.differences({name: result for name, (_, result) in results.items()}),
         "allocation": comparison.allocation(best, space),
         "history": [_history(trial, index < starts) for index, trial in enumerate(trials)],
@@ -46,7 +50,8 @@ def assemble(
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **extra,
     }
-    return report | {"title": _title(report), "headline": _headline(report), "notes": _notes(problem, report)}
+    words = {"title": _title(report), "headline": _headline(report), "notes": _notes(problem, report)}
+    return _plain(report | words)
 
 
 def write(out: Path, report: Report) -> None:
@@ -60,18 +65,22 @@ def write(out: Path, report: Report) -> None:
 
 def summary(report: Report) -> str:
     """Returns the comparison as text, and what it comes to."""
-    lines = [f"{'':<28}{'weights':>9}{'KV bytes':>18}{'KL':>10}{'right':>9}{'95% interval':>17}"]
+    perplexity = "ppl" in report["rows"][0]
+    head = f"{'KL':>10}" + (f"{'ppl':>10}" if perplexity else "")
+    lines = [f"{'':<28}{'weights':>9}{'KV bytes':>18}{head}{'right':>9}{'95% interval':>17}"]
     for row in report["rows"]:
         low, high = row["accuracy_interval"]
         cache = f"{kilobytes(row['kv_bytes'])} ({percent(row['kv_share'])})"
+        losses = f"{number(row['kl']):>10}" + (f"{number(row['ppl']):>10}" if perplexity else "")
         lines.append(
-            f"{row['name']:<28}{percent(row['weights_kept'], 2):>9}{cache:>18}{row['kl']:>10.4f}"
+            f"{row['name']:<28}{percent(row['weights_kept'], 2):>9}{cache:>18}{losses}"
             f"{percent(row['accuracy']):>9}{f'[{100 * low:.1f}, {100 * high:.1f}]':>17}"
         )
     lines.append("")
     for name, row in report["differences"].items():
         lines.append(
-            f"searched - {name}: {points(row['accuracy'], row['accuracy_interval'])} right, KL {row['kl']:+.4f}"
+            f"searched - {name}: {points(row['accuracy'], row['accuracy_interval'])} right,"
+            f" KL {number(row['kl'], '+.4f')}"
         )
     return "\n".join(lines)
 
@@ -84,11 +93,13 @@ def _title(report: Report) -> str:
 
 def _headline(report: Report) -> str:
     rows = {row["name"]: row for row in report["rows"]}
-    ours, dense, rival = rows["searched"], rows["dense"], report["differences"][RIVAL]
+    ours, dense = rows["searched"], rows["dense"]
+    best = max((rows[name] for name in RIVALS if name in rows), key=lambda row: row["accuracy"])["name"]
+    rival = report["differences"][best]
     return (
         f"{percent(ours['weights_kept'], 2)} of the prunable weights and {percent(ours['kv_share'])} of the KV cache's"
         f" bytes are kept. Of the questions in the report set {percent(ours['accuracy'])} are answered right (dense"
-        f" {percent(dense['accuracy'])}); against {RIVAL} under the same budgets that is"
+        f" {percent(dense['accuracy'])}); against {best} under the same budgets that is"
         f" {points(rival['accuracy'], rival['accuracy_interval'])}."
     )
 
@@ -99,14 +110,20 @@ def _notes(problem: Problem, report: Report) -> dict[str, str]:
     rows = {row["name"]: row for row in report["rows"]}
     best = min(trial["value"] for trial in report["history"])
     uniform = min((trial["value"] for trial in report["history"] if trial["uniform"]), default=best)
-    widths = f"{rows[RIVAL]['key_bits'][0]}-bit keys and {rows[RIVAL]['value_bits'][0]}-bit values"
+    plain, filled = RIVALS
+    widths = f"{rows[plain]['key_bits'][0]}-bit keys and {rows[plain]['value_bits'][0]}-bit values"
+    slack = (
+        " 'Slack filled' spends the bytes that these leave over on wider sides, as ours does." if filled in rows else ""
+    )
+    counted = "all text tokens" if problem.settings.tokens == "text" else "the tokens of the answers"
     return {
         "comparison": (
             f"Every pruned row keeps the same share of the {prunable:,} prunable weights (the seven linears of each"
             " decoder layer), every quantized cache fits the same budget at the stated context, scales, zeros and"
-            f" exact tokens counted. Uniform rows have the same sparsity everywhere; {RIVAL} has {widths}, the best"
-            " uniform widths that fit, chosen on the search set like ours. 'Right' means that the greedy answer is the"
-            " known one, to the end of the sequence; 95% intervals: Wilson for shares, bootstrap for KL."
+            f" exact tokens counted. Uniform rows have the same sparsity everywhere; {plain} has {widths}, the best"
+            f" uniform widths that fit, chosen on the search set like ours.{slack} KL is over {counted}."
+            " 'Right' means that the greedy answer is the known one, to the end of the sequence; 95% intervals: Wilson"
+            " for shares, bootstrap for KL."
         ),
         "differences": "Paired by question; 95% intervals by the bootstrap.",
         "allocation": (
@@ -130,3 +147,12 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "source tree"
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value, every number in it that is not finite replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

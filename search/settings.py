@@ -2,14 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lmmjax.config import TextConfig
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
-from lmmjax.plan import CacheFormat
-from search.budget import WeightBudget
-from search.cache_budget import CacheBudget
-from search.space import Space
+
+if TYPE_CHECKING:
+    from lmmjax.config import TextConfig
+    from lmmjax.plan import CacheFormat
+    from search.space import Space
+
+# The names alone, since the functions behind them take seconds to import: see search.objective and lmmjax.prune.
+OBJECTIVES = ("kl", "nll", "accuracy", "ppl")
+SCORES = ("magnitude", "wanda", "lognorm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +45,26 @@ class Settings:
             raise InputError(f"--seed: got {self.seed}, expected 0 or more")
 
     @property
-    def form(self) -> CacheFormat:
+    def tokens(self) -> str:
+        """The tokens that KL, likelihood and perplexity count: all of the text for `ppl`, else the answers'."""
+        return "text" if self.objective == "ppl" else "answer"
+
+    @property
+    def form(self) -> "CacheFormat":
+        from lmmjax.plan import CacheFormat
+
         return CacheFormat(self.group, self.window)
 
-    def space(self, text: TextConfig) -> Space:
+    def space(self, text: "TextConfig") -> "Space":
         """Returns the space to search.
 
         Raises:
             InputError: a budget cannot be met by this model, or there is nothing to choose.
         """
+        from search.budget import WeightBudget
+        from search.cache_budget import CacheBudget
+        from search.space import Space
+
         if self.context > text.context:
             raise InputError(f"--context: got {self.context}, expected at most the model's {text.context}")
         cache = CacheBudget(text, self.kv_budget, self.context, self.form)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,46 @@ def open_storage(where: str) -> BaseStorage:
     except Exception as error:  # a database driver's own, a missing driver, a directory, a file that is no journal
         reason = " ".join(str(error).split()[:30])
         raise InputError(f"--storage: cannot open {where} ({type(error).__name__}: {reason})") from error
+
+
+@contextlib.contextmanager
+def alone(what: Path, lock: Path, flag: str) -> Iterator[None]:
+    """Holds `lock`, the sign that this process writes to `what`; the kernel lets go of it however it ends.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made; `flag` is the argument that named `what`.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot write to {what} ({error.strerror})") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{flag}: another search is writing to {what}; wait for it, or give another {flag}"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def only_one(where: str) -> contextlib.AbstractContextManager[None]:
+    """Holds a journal file for the whole run: two searches that shared one would both do its first trials.
+
+    A database can be on another machine, where no lock of ours reaches; there nothing is held.
+    """
+    if "://" in where:
+        return contextlib.nullcontext()
+    path = Path(where).resolve()
+    return alone(path, path.with_name(f"{path.name}.running"), "--storage")
+
+
+def without_password(text: str) -> str:
+    """Returns the text with the passwords of the database URLs in it left out."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1@", text)
 
 
 class FileLock:

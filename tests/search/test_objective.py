@@ -1,5 +1,8 @@
 """The objective: one program for every candidate, and the numbers that the deployed model gives."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +52,20 @@ def test_five_plans_take_one_trace(params, ranks, space, monkeypatch):
     assert len({result.kl for result in results}) == 5
 
 
+def test_predictions_are_compared_batch_by_batch(params, ranks, space, monkeypatch):
+    evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(10), batch=4)
+    predict, compare, order = objective._predict, objective._compare, []
+    monkeypatch.setattr(objective, "_predict", lambda *args: order.append("predict") or predict(*args))
+    monkeypatch.setattr(objective, "_compare", lambda *args: order.append("compare") or compare(*args))
+    evaluator(dense(LAYERS))
+    assert order == ["predict", "compare"] * 3
+
+
+def test_perplexity_is_infinite_where_it_is_too_large_for_a_number():
+    assert objective.perplexity(SimpleNamespace(nll=1000.0)) == math.inf  # pyright: ignore[reportArgumentType]
+    assert objective.perplexity(SimpleNamespace(nll=math.nan)) == math.inf  # pyright: ignore[reportArgumentType]
+
+
 def test_the_dense_model_does_not_stray_from_itself(params, ranks):
     result = Evaluator(CONFIG, params, ranks, FORM, encoded(6))(dense(LAYERS))
     assert result.kl == 0
@@ -77,7 +94,7 @@ def predictions(params, plan, data) -> np.ndarray:
     @jax.jit
     def run(params):
         x = llava.embed(CONFIG, params, data.tokens, llava.encode_images(CONFIG, params, data.pixels))
-        cache = empty_cache(CONFIG.text, plan, *x.shape[:2])
+        cache = empty_cache(CONFIG.text, plan, x.shape[0], x.shape[1])
         states, _ = llava.extend(CONFIG, params, cache, x, jnp.asarray(data.lengths))
         return jax.nn.log_softmax(llava.logits(CONFIG, params, states), axis=-1)
 

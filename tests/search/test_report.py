@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -15,7 +16,7 @@ from search import page, pictures, report
 def example(layers: int = 6, kv_budget: float = 0.5) -> dict:
     """A report of plain values, as `assemble` makes it."""
     rng = np.random.default_rng(0)
-    names = ["dense", "uniform magnitude", "uniform wanda", "uniform lognorm", "searched"]
+    names = ["dense", "uniform magnitude", *report.RIVALS, "uniform lognorm", "searched"]
     rows = [
         {
             "name": name,
@@ -95,6 +96,17 @@ def test_a_perfect_or_single_trial_can_be_drawn():
     found = example()
     found["history"] = [{"value": 0.0, "uniform": True}]
     assert pictures.history(found)
+
+
+def test_numbers_that_are_not_finite_are_said_so_and_not_drawn():
+    found = example()
+    found["rows"][1] |= {"kl": math.nan, "kl_interval": (math.nan, math.inf)}
+    found["differences"]["uniform wanda"] |= {"kl": -math.inf, "kl_interval": (math.nan, math.nan)}
+    found["history"][0]["value"] = math.inf
+    found = report._plain(found)
+    json.dumps(found, allow_nan=False)
+    assert "right, KL n/a" in report.summary(found)
+    assert "n/a [n/a, n/a]" in page.render(found, pictures.draw(found))
 
 
 def test_the_page_says_what_the_report_holds():

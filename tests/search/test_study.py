@@ -1,6 +1,7 @@
 """The record of trials: what survives a kill, what a resumed search does, and how Ctrl-C ends one."""
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from optuna.distributions import FloatDistribution
 
 from lmmjax.errors import InputError
 from search import study
-from search.storage import open_storage
+from search.storage import open_storage, without_password
 
 ROOT = Path(__file__).parents[2]
 SPACE = {name: FloatDistribution(0, 1) for name in "abc"}
@@ -79,13 +80,13 @@ def test_a_search_begins_with_its_starts_and_beats_them(tmp_path):
     trials = search(record(tmp_path / "study.journal"))
     assert trials[0].params == STARTS[0]
     assert len(trials) == 30
-    assert min(trial.value for trial in trials) < trials[0].value / 4
+    assert min(study.value(trial) for trial in trials) < study.value(trials[0]) / 4
 
 
 def test_tpe_beats_random_search_on_a_bowl():
     def best(propose) -> float:
         runs = [search(study.Record(optuna.storages.InMemoryStorage(), {}), 40, propose, seed) for seed in range(3)]
-        return sum(min(trial.value for trial in run) for run in runs)
+        return sum(min(study.value(trial) for trial in run) for run in runs)
 
     assert best(study.tpe) < best(study.random)
 
@@ -183,6 +184,28 @@ def test_a_storage_that_cannot_be_opened_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="--storage"):
         record(tmp_path / "junk.journal")
     assert (tmp_path / "junk.journal").read_text() == "not a journal"
+
+
+def test_a_search_goes_on_after_an_infinite_value(tmp_path):
+    def broken_at_first(point):
+        return study.Outcome(math.inf if point == STARTS[0] else evaluate(point).value, point, {})
+
+    into = record(tmp_path / "study.journal")
+    list(study.run(into, SPACE, broken_at_first, trials=14, starts=STARTS, propose=study.tpe, seed=0))
+    values = [study.value(trial) for trial in record(tmp_path / "study.journal").trials]
+    assert values[0] == math.inf
+    assert all(map(math.isfinite, values[1:]))
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [
+        ("postgresql://me:secret@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:////data/study.db", "sqlite:////data/study.db"),
+    ],
+)
+def test_a_password_is_not_shown(where, shown):
+    assert without_password(f"--storage {where} --seed 1") == f"--storage {shown} --seed 1"
 
 
 def test_facts_are_recorded_with_the_trial(tmp_path):

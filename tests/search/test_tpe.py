@@ -1,13 +1,17 @@
 """The search as a command: from a dense checkpoint to a plan, a compressed checkpoint and a report."""
 
+import html
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +20,9 @@ from lmmjax import checkpoint as checkpoints
 from lmmjax import prune
 from lmmjax.checkpoint import load
 from lmmjax.config import LINEARS
+from lmmjax.data import Sample
 from lmmjax.plan import Plan
-from search import output, problem, tpe
+from search import objective, output, problem, report, session, settings, storage, tpe
 from search.cache_budget import CacheBudget
 
 ROOT = Path(__file__).parents[2]
@@ -85,12 +90,23 @@ def test_the_report_compares_at_equal_budgets_on_sets_that_share_no_image(search
     assert found["trials"] == len(found["history"]) == 4
     rows = {row["name"]: row for row in found["rows"]}
     kept = {row["weights_kept"] for name, row in rows.items() if name != "dense"}
-    assert len(rows) == 6
+    assert list(rows) == [
+        "dense",
+        "uniform magnitude",
+        "uniform wanda",
+        "uniform wanda, slack filled",
+        "uniform wanda, dense cache",
+        "uniform lognorm",
+        "searched",
+    ]
+    assert rows["uniform wanda"]["kv_bytes"] <= rows["uniform wanda, slack filled"]["kv_bytes"]
     assert max(kept) - min(kept) < 1e-3
     assert rows["dense"]["kl"] == 0
     assert all(row["kv_share"] <= 0.6 for name, row in rows.items() if "dense" not in name)
     assert found["sets"]["report"] == "6 questions on 6 images of easy-vqa, test"
-    assert found["try"].startswith(f"python -m lmmjax.generate --model {searched}/checkpoint --image ")
+    assert f" -m lmmjax.generate --model {searched}/checkpoint --image " in found["try"]
+    assert shlex.split(found["try"])[0] == sys.executable
+    assert html.escape(found["try"]) in (searched / "report.html").read_text()
     assert min(trial["value"] for trial in found["history"]) == pytest.approx(best_value(searched))
 
 
@@ -107,6 +123,150 @@ def test_a_finished_search_is_shown_again_and_not_run_again(searched, checkpoint
     assert "searched - uniform wanda" in shown
     assert f"report: {searched}/report.html" in shown
     assert (searched / "study.journal").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("checkpoint/lmmjax.json", None),
+        ("plan.json", None),
+        ("report.html", None),
+        ("report.json", None),
+        ("report.json", "{}"),
+        ("report.json", "{"),
+    ],
+)
+def test_a_search_is_finished_only_if_all_its_results_are_there(searched, name, content):
+    path = searched / name
+    before = path.read_text()
+    asked = json.loads((searched / "report.json").read_text())["settings"]
+    assert output.is_finished(searched, asked, 4)
+    path.unlink() if content is None else path.write_text(content)
+    finished = output.is_finished(searched, asked, 4)
+    path.write_text(before)
+    assert not finished
+
+
+def test_a_search_is_finished_only_for_what_was_asked(searched):
+    asked = json.loads((searched / "report.json").read_text())["settings"]
+    assert not output.is_finished(searched, asked, 5)
+    assert not output.is_finished(searched, asked | {"report_samples": 7}, 4)
+    assert not output.is_finished(searched, asked | {"storage": "/elsewhere/study.journal"}, 4)
+
+
+def test_the_model_is_written_before_the_comparison_and_no_old_report_stands_beside_it(
+    searched, checkpoint, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(searched, out)
+    shutil.rmtree(out / "checkpoint")
+    (out / "plan.json").unlink()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(problem.Problem, "compared", interrupted)
+    assert tpe.main(arguments(checkpoint, out)) == 130
+    assert load(out / "checkpoint").plan == Plan.load(out / "plan.json") == Plan.load(searched / "plan.json")
+    assert not (out / "report.json").exists()
+    assert not (out / "report.html").exists()
+
+
+def test_perplexity_is_shown_of_the_tokens_that_were_searched_on(checkpoint, tmp_path, capsys):
+    assert tpe.main(arguments(checkpoint, tmp_path / "out", "--objective", "ppl", "--trials", "1")) == 0
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert all(row["ppl"] == pytest.approx(math.exp(row["nll"])) for row in rows)
+    shown = capsys.readouterr().out
+    assert f"{rows[-1]['ppl']:.4f}" in shown
+    assert " ppl " in shown.splitlines()[2]
+
+
+def test_a_plan_that_breaks_the_model_is_the_worst_trial_and_not_the_end(checkpoint, tmp_path, monkeypatch):
+    true = problem.OBJECTIVES["kl"]
+    calls = iter(range(1000))
+    monkeypatch.setitem(problem.OBJECTIVES, "kl", lambda result: true(result) if next(calls) % 2 else math.nan)
+    out = tmp_path / "out"
+    assert tpe.main(arguments(checkpoint, out)) == 0
+    history = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)["history"]
+    values = [trial["value"] for trial in history]
+    assert values[0] is values[2] is None
+    assert values[1] is not None
+    assert values[3] is not None
+
+
+def read(checkpoint: Path | None, *more: str):
+    chosen = ["--model", str(checkpoint)] if checkpoint else []
+    return session.read_settings(tpe.parser().parse_args(["--budget", "0.5", *chosen, *more]))
+
+
+def test_a_relative_data_file_is_remembered_by_its_whole_path(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read(checkpoint, "--data", "data.jsonl", "--group", "8").data == str(tmp_path / "data.jsonl")
+    assert read(checkpoint, "--group", "8").data == "easy-vqa"
+
+
+def test_the_embedded_model_goes_by_its_name(checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoints, "resolve", lambda model: checkpoint)  # as if it were converted already
+    settings = read(None, "--group", "8")
+    assert report._title({"settings": vars(settings)}) == "tiny at budget 0.5"
+
+
+def test_the_interpreter_is_named_as_it_can_be_pasted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert session._python("lmmjax.generate", "--prompt", "a b") == ".venv/bin/python -m lmmjax.generate --prompt 'a b'"
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert session._python("lmmjax.generate") == "/usr/bin/python3 -m lmmjax.generate"
+
+
+def test_the_fingerprint_sees_a_change_anywhere_in_a_tensor(checkpoint):
+    sample = Sample(Path("a.png"), "what?", "red", "colour")
+
+    def fingerprint(kernel: np.ndarray) -> str:
+        model = SimpleNamespace(params={"kernel": kernel})
+        sets = SimpleNamespace(calibration=[sample], search=[sample])
+        return problem.fingerprint(SimpleNamespace(checkpoint=model, sets=sets))  # pyright: ignore[reportArgumentType]
+
+    kernel = np.arange(64 * 96, dtype=np.float32).reshape(64, 96)
+    changed = kernel.copy()
+    changed[40:] += 1
+    column = kernel.copy()
+    column[:, 5] = 0
+    assert len({fingerprint(each) for each in (kernel, changed, column, kernel.reshape(96, 64))}) == 4
+    assert fingerprint(kernel) == fingerprint(kernel.copy())
+
+
+def test_help_and_mistyped_flags_import_nothing_heavy():
+    code = (
+        "import sys, search.tpe as s\ntry: s.main(sys.argv[1:])\n"
+        "except SystemExit as e: print(e.code, sorted({'jax', 'kernels', 'optuna', 'transformers'} & set(sys.modules)))"
+    )
+    for flag, expected in (("--help", "0 []"), ("--nonsense", "2 []")):
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected
+
+
+def test_choices_are_what_there_is():
+    assert tuple(objective.OBJECTIVES) == settings.OBJECTIVES
+    assert tuple(prune.SCORES) == settings.SCORES
+
+
+def test_a_foreign_package_named_kernels_is_said_in_one_line(tmp_path):
+    info, package = tmp_path / "kernels-0.9.0.dist-info", tmp_path / "kernels"
+    info.mkdir()
+    package.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
+    (package / "__init__.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "search.tpe", "--budget", "0.5"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "'kernels' 0.9.0" in done.stderr
 
 
 def test_more_trials_go_on_from_those_there_are(searched, checkpoint, tmp_path, capsys):
@@ -129,7 +289,7 @@ def test_more_trials_go_on_from_those_there_are(searched, checkpoint, tmp_path, 
         (["--blocks", "3"], "--blocks: got '3'"),
         (["--context", "4096"], "--context: got 4096, expected at most the model's 128"),
         (["--group", "0"], "got group 0, window 0"),
-        (["--window", "3"], "got group 32, window 3"),
+        (["--window", "3"], "got group 8, window 3"),
         (["--trials", "0"], "--trials: got 0"),
         (["--search-samples", "0"], "--search-samples: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
@@ -164,6 +324,14 @@ def test_an_out_in_use_is_refused(searched, checkpoint, capsys):
     assert "another search is writing" in capsys.readouterr().err
 
 
+def test_a_journal_in_use_by_a_search_with_another_out_is_refused(checkpoint, tmp_path, capsys):
+    journal = tmp_path / "shared.journal"
+    with storage.only_one(str(journal)):
+        assert tpe.main(arguments(checkpoint, tmp_path / "out", "--storage", str(journal))) == 2
+    assert f"--storage: another search is writing to {journal}" in capsys.readouterr().err
+    assert not journal.exists()
+
+
 def test_ctrl_c_writes_the_best_so_far(checkpoint, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "search.tpe", *arguments(checkpoint, out, "--trials", "100000")]
@@ -171,16 +339,21 @@ def test_ctrl_c_writes_the_best_so_far(checkpoint, tmp_path):
     environment.pop("JAX_COMPILATION_CACHE_DIR")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     journal = out / "study.journal"
-    while process.poll() is None and not (journal.exists() and b'"value"' in journal.read_bytes()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    latest = time.monotonic() + 120
+    try:
+        while process.poll() is None and not (journal.exists() and b'"value"' in journal.read_bytes()):
+            assert time.monotonic() < latest, "no trial in two minutes"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, err.decode()
     assert b"stopping after this trial" in err
     found = json.loads((out / "report.json").read_text())
     assert 0 < found["trials"] < 100000
     assert load(out / "checkpoint").plan == Plan.load(out / "plan.json")
-    assert found["command"] == shlex.join(["python", *command[1:]])
+    assert found["command"] == shlex.join(command)
 
 
 def test_a_jsonl_file_gives_three_sets_without_a_common_image(checkpoint, tmp_path):

@@ -125,7 +125,7 @@ def _weights(name: str, directory: Path) -> tuple[Any, Any, Path]:
     """Returns our config and params of a case, and the directory where transformers finds the same weights."""
     import jax
 
-    from convert.export import write_hf
+    from convert.writing import write_hf
     from lmmjax import checkpoint, llava
     from lmmjax.config import from_hf
 

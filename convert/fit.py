@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from convert import DTYPES
 from convert.names import EMBEDDING, LM_HEAD, Shape, Slot, canonical, slots
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def assign(config: LlavaConfig, found: Mapping[str, tuple[Shape, str]]) -> dict[str, str]:

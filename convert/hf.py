@@ -5,17 +5,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from tqdm import tqdm
-
-from convert import original
-from convert.fit import DTYPES, assign, checked
-from convert.names import EMBEDDING, LM_HEAD, slots
-from convert.source import Material, Source, open_source
-from lmmjax import checkpoint, files
-from lmmjax.config import from_hf
+from convert import DTYPES
+from lmmjax import files
 from lmmjax.errors import InputError, exit_code
+
+if TYPE_CHECKING:
+    from convert.source import Material, Source
 
 
 def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Path | None = None) -> None:
@@ -28,6 +25,14 @@ def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Pat
     Raises:
         InputError: the config, the weights or the target cannot be used; nothing is left behind then.
     """
+    # Imported here, for they take seconds, and need the right `kernels`: `exit_code` looks first.
+    from tqdm import tqdm
+
+    from convert.fit import assign, checked
+    from convert.names import slots
+    from lmmjax import checkpoint
+    from lmmjax.config import from_hf
+
     files.refuse_existing(target)
     with tempfile.TemporaryDirectory() as scratch:
         material = _gather(source, vision, Path(scratch))
@@ -83,7 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(command)
 
 
-def _gather(source: Path, vision: Path | None, scratch: Path) -> Material:
+def _gather(source: Path, vision: Path | None, scratch: Path) -> "Material":
+    from convert import original
+    from convert.source import Material, open_source
+    from lmmjax import checkpoint
+    from lmmjax.config import from_hf
+
     raw = checkpoint.read_json(source / "config.json")
     if original.is_original(raw):
         return original.gather(source, raw, vision, scratch)
@@ -91,11 +101,17 @@ def _gather(source: Path, vision: Path | None, scratch: Path) -> Material:
         raise InputError(f"--vision: {source} is in Hugging Face's layout and holds its own tower; leave it out")
     from_hf(raw)  # before the weights are looked for, so that another architecture is called that
     carried = checkpoint.carried_files(source)
+    if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in carried}:
+        raise InputError(f"{source} has neither tokenizer.json nor tokenizer.model; add the model's tokenizer")
     return Material((source / "config.json").read_bytes(), carried, open_source(source))
 
 
-def _require_equal_copy(weights: Source, names: dict[str, str]) -> None:
+def _require_equal_copy(weights: "Source", names: dict[str, str]) -> None:
     """A tied head that was saved a second time must be the embedding, or the model is not what it says."""
+    import numpy as np
+
+    from convert.names import EMBEDDING, LM_HEAD
+
     if LM_HEAD in names and not np.array_equal(weights.read(names[LM_HEAD]), weights.read(names[EMBEDDING])):
         raise InputError(f"{names[LM_HEAD]} differs from the embedding, but config.json says they are tied")
 

@@ -101,16 +101,25 @@ def open_source(directory: Path) -> Source:
     """
     for name, kind in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchFile)):
         if (directory / f"{name}.index.json").exists():
-            return Shards(kind(file) for file in _shards(directory / f"{name}.index.json"))
+            return _joined({file: kind(file) for file in _shards(directory / f"{name}.index.json")})
         if (directory / name).exists():
             return kind(directory / name)
     raise InputError(f"{directory} holds no weights; expected model.safetensors or pytorch_model.bin, or their index")
 
 
+def _joined(parts: Mapping[Path, Source]) -> Source:
+    owners: dict[str, Path] = {}
+    for file, part in parts.items():
+        for name in part.tensors:
+            if (other := owners.setdefault(name, file)) != file:
+                raise InputError(f"{name} is both in {other} and in {file.name}; expected one of them: download again")
+    return Shards(parts.values())
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map; expected the index of a sharded checkpoint")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: no weight_map of file names; expected the index of a sharded checkpoint")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     if absent := [shard.name for shard in shards if not shard.exists()]:
         raise InputError(f"{index.parent}: missing {', '.join(absent)}, named in {index.name}; download again")
@@ -130,7 +139,12 @@ def _torch_load(file: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, on storages
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise InputError(f"{file} cannot be read safely ({reason}); download it again or get safetensors") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise InputError(f"{file} holds more than named tensors; expected a model's state_dict")
+    return tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convert.export import write_hf
+from convert.writing import write_hf
 from examples.tiny import house, learning, measure
 from examples.tiny.batches import Batches, hold_out, image_labels
 from examples.tiny.moving import Mover

@@ -84,7 +84,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
     config = from_hf(read_json(path / "config.json"))
     cast = dtype or ("float32" if jax.default_backend() == "cpu" else None)
     params = weights.read_tree(path / "params", cast, jax.devices()[0])
-    plan = about["plan"] and Plan.from_json(json.dumps(about["plan"])).check(config.text)
+    plan = None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
     return Checkpoint(path, config, params, plan)
 
 
@@ -113,12 +113,14 @@ def describe(path: Path) -> Mapping[str, Any]:
     if not (path / "lmmjax.json").exists():
         raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
     about = read_json(path / "lmmjax.json")
-    if not isinstance(about.get("format"), int) or about["format"] > FORMAT:
+    if type(about.get("format")) is not int or not 1 <= about["format"] <= FORMAT:  # a bool is an int, too
         raise InputError(
             f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
         )
     if _sizes(path) != about.get("weights"):
         raise InputError(f"{path} is no whole checkpoint: files of params/ are missing or cut short; convert it again")
+    if "plan" not in about:
+        raise InputError(f"{path / 'lmmjax.json'}: no plan in it; expected one, or null; convert it again")
     return about
 
 
@@ -160,7 +162,7 @@ def carried_files(directory: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; raises InputError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
@@ -173,8 +175,9 @@ def _converted_once(source: Path) -> Path:
     for file in sorted(source.iterdir()):
         content.update(file.name.encode() + file.read_bytes())
     target = cache_dir() / "models" / f"{source.name}-{content.hexdigest()[:16]}"
-    if target.exists():
+    if _is_copy(source, target):
         return target
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one: the user never made it and cannot mend it
     print(f"converting the embedded model into {target} (once)", file=sys.stderr)
     root = Path(lmmjax.__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
@@ -185,6 +188,16 @@ def _converted_once(source: Path) -> Path:
     if not target.exists():  # it may also exist because another process was faster
         raise InputError(f"--model: the embedded model was not converted ({reason})")
     return target
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Returns whether `target` is a whole checkpoint that carries the files of `source`."""
+    try:
+        describe(target)
+        carried = [source / "config.json", *carried_files(source)]
+        return all((target / file.name).read_bytes() == file.read_bytes() for file in carried)
+    except (InputError, OSError):
+        return False
 
 
 def _about(dtypes: Iterable[str], plan: Plan | None) -> dict[str, Any]:

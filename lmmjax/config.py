@@ -1,6 +1,7 @@
 """What a LLaVA is made of, read strictly from a Hugging Face config: nothing unknown passes unnoticed."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,8 +142,15 @@ def from_hf(raw: Mapping[str, Any]) -> LlavaConfig:
     ]
     if problems:
         raise InputError(f"config.json: {'; '.join(problems)}. This architecture is not supported as it stands")
+    tower = _vision(full, vision)
+    # transformers never reads this one, and writes its default into every config that says nothing.
+    if full["image_seq_length"] not in (tower.image_tokens, default["image_seq_length"]):
+        raise InputError(
+            f"config.json: image_seq_length = {full['image_seq_length']!r}, but the vision tower makes"
+            f" {tower.image_tokens} tokens of an image"
+        )
     return LlavaConfig(
-        vision=_vision(full, vision),
+        vision=tower,
         text=_text(full, text),
         image_token=_image_token(full),
         projector_activation=full["projector_hidden_act"],
@@ -181,13 +189,19 @@ def _unhandled(prefix: str, got: Mapping, default: Mapping, handled: frozenset[s
 def _out_of_range(full: Mapping, vision: Mapping, text: Mapping) -> list[str]:
     parts = {"vision_config": vision, "text_config": text}
     counts = {f"{part}.{name}": settings[name] for part, settings in parts.items() for name in _COUNTS & set(settings)}
-    if small := [f"{name} = {count}, expected at least 1" for name, count in counts.items() if count < 1]:
+    if small := [f"{name} = {count}, expected at least 1" for name, count in counts.items() if not _is_int(count, 1)]:
         return small
     rope = text["rope_parameters"]
+    theta = rope.get("rope_theta", 1.0)
+    token, layers = _image_token(full), _feature_layers(full)
     strategy, act = full["vision_feature_select_strategy"], full["projector_hidden_act"]
     checks = [
         (rope.get("rope_type", "default") == "default", f"text_config.rope_parameters = {rope} is not handled"),
         (set(rope) <= {"rope_type", "rope_theta"}, f"text_config.rope_parameters = {rope} is not handled"),
+        (_is_positive(theta), f"text_config.rope_theta = {theta!r}, expected a number above 0"),
+        (_is_int(_head_dim(text), 2), f"text_config.head_dim = {text['head_dim']!r}, expected at least 2"),
+        (_is_int(token, 0), f"image_token_index = {token!r}, expected a token's id"),
+        (layers and all(map(_is_int, layers)), f"vision_feature_layer = {layers!r}, expected layers' numbers"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy = {strategy!r}, expected default or full"),
         (act in ACTIVATIONS, f"projector_hidden_act = {act!r}, expected one of {', '.join(ACTIVATIONS)}"),
         (vision["hidden_act"] in ACTIVATIONS, f"vision_config.hidden_act = {vision['hidden_act']!r} is not handled"),
@@ -198,10 +212,17 @@ def _out_of_range(full: Mapping, vision: Mapping, text: Mapping) -> list[str]:
     return list(dict.fromkeys(message for good, message in checks if not good))
 
 
+def _is_int(value: object, least: float = -math.inf) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # pyright: ignore[reportOperatorIssue]
+
+
 def _vision(full: Mapping, vision: Mapping) -> VisionConfig:
     layers = vision["num_hidden_layers"]
-    wanted = full["vision_feature_layer"]
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    wanted = _feature_layers(full)
     states = tuple(layer if layer >= 0 else layers + 1 + layer for layer in wanted)
     if not all(0 <= state <= layers for state in states):
         raise InputError(f"config.json: vision_feature_layer = {wanted}; the tower has {layers} layers")
@@ -236,6 +257,11 @@ def _text(full: Mapping, text: Mapping) -> TextConfig:
         eps=text["rms_norm_eps"],
         tied=bool(full["tie_word_embeddings"] or text["tie_word_embeddings"]),
     )
+
+
+def _feature_layers(full: Mapping) -> list[Any]:
+    wanted = full["vision_feature_layer"]
+    return list(wanted) if isinstance(wanted, list | tuple) else [wanted]
 
 
 def _head_dim(text: Mapping) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, is_unicode
 
 if TYPE_CHECKING:
     from lmmjax.prompt import Processor
@@ -81,6 +81,9 @@ def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
 
     The answer is " " + answer: a Llama prompt ends in "ASSISTANT:", and the space belongs to the answer's first
     token. Images used several times are read once.
+
+    Raises:
+        InputError: prompt and answer are longer than the model's context, or an image cannot be read.
     """
     from lmmjax.prompt import bucket, pad  # transformers comes with it, and loading questions needs none
 
@@ -90,6 +93,13 @@ def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
         for sample in samples
     ]
     whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    context = processor.config.text.context
+    for sample, ids in zip(samples, whole, strict=True):
+        if len(ids) > context:
+            raise InputError(
+                f"data: {len(ids)} tokens of prompt and answer do not fit the model's context of {context}"
+                f" ({sample.question[:40]!r}); shorten them"
+            )
     tokens, lengths = pad(whole, bucket(max(map(len, whole), default=0)))
     starts = np.array([len(prompt) for prompt in prompts])
     index = np.arange(tokens.shape[1])
@@ -153,6 +163,8 @@ def _sample(path: Path, number: int, line: str) -> Sample:
     for name, value in values.items():
         if not isinstance(value, str) or not value:
             raise wrong(f"{name} is {value!r}")
+        if not is_unicode(value):
+            raise wrong(f"{name} holds half a character ({value!r})")
     image = path.parent / values["image"]
     if not image.is_file():
         raise wrong(f"image {str(image)!r} does not exist")

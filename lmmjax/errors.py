@@ -1,5 +1,6 @@
 """How bad input ends: one line on stderr that says argument, got, expected and what to do, and exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -9,8 +10,28 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one complete line."""
 
 
+def is_unicode(text: str) -> bool:
+    """Returns whether a string is text: JSON and argv can hold lone surrogates, which no tokenizer takes."""
+    return text.encode(errors="ignore").decode() == text
+
+
 def exit_code(command: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
+    """Runs a command; returns its exit code, 2 after bad input (one line on stderr), 130 after Ctrl-C.
+
+    Where nobody reads its output any more (`| head`) it ends quietly with 141, as if killed by SIGPIPE.
+    """
+    try:
+        code = _outcome(command)
+        print(end="", flush=True)  # what is still buffered, while a closed pipe can be told from a bug
+        return code
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both once more at its end
+            os.dup2(nowhere, stream.fileno())
+        return 141
+
+
+def _outcome(command: Callable[[], int]) -> int:
     try:
         _refuse_other_kernels()
         return command()

@@ -5,11 +5,15 @@ import fcntl
 import glob
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from lmmjax.errors import InputError
+
+_ABANDONED_SECONDS = 3600
+"""A file that is still being written after an hour is not: its writer was killed."""
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -23,6 +27,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned_files(path)
         with open(temporary, "xb") as file:
             file.write(data)
         _sync(temporary)
@@ -55,11 +60,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = _temporary(path)
-        temporary.mkdir()
+        temporary, lock = _claim(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be created ({error.strerror})") from error
-    lock = _lock(temporary)
     try:
         yield temporary
         for entry in temporary.rglob("*"):
@@ -88,19 +91,52 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
+def _leftovers(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.partial-*")
+
+
+def _remove_abandoned_files(path: Path) -> None:
+    for leftover in _leftovers(path):
+        with contextlib.suppress(OSError):  # another process removes it at the same time
+            if leftover.is_file() and time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
+                leftover.unlink()
+
+
+def _claim(path: Path) -> tuple[Path, int | None]:
+    """Returns a new temporary directory and its lock (None where the file system has no locks).
+
+    Until it is locked another process may take it for abandoned and remove it; then a new one is made.
+    """
+    while True:
+        temporary = _temporary(path)
+        temporary.mkdir()
+        lock = _lock(temporary, wait=True)
+        if temporary.exists():
+            return temporary, lock
+        if lock is not None:
+            os.close(lock)
+
+
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed writers left: a living writer holds the lock on its directory."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    for leftover in _leftovers(path):
         if leftover.is_dir() and (lock := _lock(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
 
 
-def _lock(directory: Path) -> int | None:
-    """Returns a descriptor that holds the directory's lock until it is closed, or None if another has it."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _lock(directory: Path, wait: bool = False) -> int | None:
+    """Returns a descriptor that holds the directory's lock until it is closed.
+
+    None if it cannot be had: the directory is gone, another process has the lock (unless it is waited for), or
+    the file system knows none.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None

@@ -90,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     rules = [
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "1 or more"),
+        ("--max-tokens", args.max_tokens, 1 <= args.max_tokens < 2**31, "1 to 2^31 - 1"),
         ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("--top-k", args.top_k, 0 <= args.top_k < 2**31, "0 to 2^31 - 1"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, "0 to 2^32 - 1"),
     ]
     for flag, got, good, expected in rules:
@@ -122,6 +122,8 @@ def _request(args: argparse.Namespace, processor: "Processor") -> "Request":
 def _question(args: argparse.Namespace) -> tuple[str, list["Picture"]]:
     """Returns what is asked about which images."""
     images = [_stdin_image() if name == "-" else name for name in args.image]
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt: got an empty text, expected a question")
     if args.prompt is not None and (images or args.model or args.raw):
         return args.prompt, images
     if args.model:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,8 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
+from lmmjax.checkpoint import read_json
 from lmmjax.config import LlavaConfig
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, is_unicode
 
 Picture = str | Path | Image.Image
 
@@ -40,7 +40,7 @@ class Processor:
             InputError: there is no tokenizer, or it knows the image token by another id than the config.
         """
         directory = Path(directory)
-        settings = _read_json(directory / "processor_config.json")
+        settings = _settings(directory / "processor_config.json")
         tokenizer = _tokenizer(directory)
         image_token = getattr(tokenizer, "image_token", None) or settings.get("image_token", "<image>")
         _check_image_token(tokenizer, image_token, config)
@@ -81,8 +81,11 @@ class Processor:
         The tokenizer adds its beginning-of-text token unless the text starts with it already.
 
         Raises:
-            InputError: placeholders and images differ in number, or the prompt is longer than the context.
+            InputError: placeholders and images differ in number, the prompt is longer than the context, or it is
+                no Unicode text.
         """
+        if not is_unicode(text):
+            raise InputError(f"prompt: {text[:80]!r} holds half a character (a lone surrogate); expected UTF-8 text")
         found = text.count(self.image_token)
         if images and not found:
             raise InputError(
@@ -196,14 +199,14 @@ def _check_image_token(tokenizer: Any, image_token: str, config: LlavaConfig) ->
 
 def _template(directory: Path, settings: dict[str, Any], tokenizer: Any) -> str | None:
     """Returns the chat template, the places tried in transformers' order."""
-    legacy = _read_json(directory / "chat_template.json").get("chat_template")
+    legacy = _settings(directory / "chat_template.json").get("chat_template")
     named = settings.get("chat_template") or legacy or tokenizer.chat_template
     return named.get("default") if isinstance(named, dict) else named
 
 
 def _eos(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """Returns the ids that end an answer: the tokenizer's, then any more that generation_config.json names."""
-    more = _read_json(directory / "generation_config.json").get("eos_token_id")
+    more = _settings(directory / "generation_config.json").get("eos_token_id")
     ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
@@ -226,12 +229,10 @@ def _image_processor(directory: Path) -> Any:
 
 def _image_settings(directory: Path) -> Iterator[dict[str, Any]]:
     """Yields the image processor's settings from where transformers 5 and where 4 writes them."""
-    yield _read_json(directory / "processor_config.json").get("image_processor", {})
-    yield _read_json(directory / "preprocessor_config.json")
+    yield _settings(directory / "processor_config.json").get("image_processor", {})
+    yield _settings(directory / "preprocessor_config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from error
+def _settings(file: Path) -> dict[str, Any]:
+    """Returns what a file says that a checkpoint need not have."""
+    return read_json(file) if file.is_file() else {}

@@ -108,6 +108,6 @@ def _readable(path: Path) -> Iterator[None]:
     """Turns Orbax's complaint about a damaged file into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # Orbax checks with assertions, too, and each of its readers raises its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{path}: the weights cannot be read ({reason}); convert them again") from error

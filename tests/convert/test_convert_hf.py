@@ -28,10 +28,11 @@ NORM = "language_model.model.norm.weight"
 
 KILLED = """
 import os, signal, sys
-from convert import fit, hf
+from convert import hf
+from lmmjax import weights
 def kill(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-hf.checkpoint.weights.Writer.finish = kill
+weights.Writer.finish = kill
 hf.main(sys.argv[1:])
 """
 
@@ -139,6 +140,16 @@ def test_pickled_code_is_not_run(source: Path, tmp_path: Path, capsys):
     assert not (tmp_path / "trapped").exists()
 
 
+@pytest.mark.parametrize("content", ["list", "nested", "number", "int keys"])
+def test_a_pytorch_file_of_something_else(content: str, source: Path, tmp_path: Path, capsys):
+    torch = pytest.importorskip("torch", reason=".bin files are torch's")
+    one = torch.ones(1)
+    contents = {"list": [one], "nested": {"model": {"weight": one}}, "number": {"step": 3}, "int keys": {0: one}}
+    (source / "model.safetensors").unlink()
+    torch.save(contents[content], source / "pytorch_model.bin")
+    assert_refused(source, tmp_path, capsys, "expected a model's state_dict")
+
+
 def test_pytorch_files_without_torch(source: Path, tmp_path: Path, capsys, monkeypatch):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -165,6 +176,15 @@ def _missing_shard(source: Path) -> None:
 def _truncated(source: Path) -> None:
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def _twice(source: Path) -> None:
+    _missing_shard(source)
+    shutil.copy(source / "model-00001-of-00003.safetensors", source / "model-00002-of-00003.safetensors")
+
+
+def _index(weight_map: object) -> Callable[[Path], None]:
+    return lambda source: (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))  # type: ignore
 
 
 def _edit(**changes: np.ndarray | None) -> Callable[[Path], None]:
@@ -198,6 +218,9 @@ def _with(name: str, value: float) -> np.ndarray:
         (_edit(**{EMBEDDING: _with(EMBEDDING, 1e5)}), "too large for float16", ("--dtype", "float16")),
         (_config(text={"model_type": "qwen2"}), "text_config.model_type is 'qwen2'", ()),
         (_config(text={"num_hidden_layers": 3}), "9 missing tensors: language_model.model.layers.2.", ()),
+        (_twice, "model-00001-of-00003.safetensors and in model-00002-of-00003.safetensors", ()),
+        (_index({"weight": 3}), "no weight_map of file names", ()),
+        (lambda source: (source / "tokenizer.json").unlink(), "neither tokenizer.json nor tokenizer.model", ()),
         (lambda source: (source / "config.json").unlink(), "config.json: cannot be read", ()),
         (lambda source: (source / "config.json").write_text("{"), "config.json: cannot be read", ()),
         (lambda source: (source / "model.safetensors").unlink(), "holds no weights", ()),

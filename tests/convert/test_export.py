@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_checkpoints import hf_config, random_tensors, write_hf, write_original
+from tiny_checkpoints import hf_config, random_tensors, write_original
+from tiny_checkpoints import write_hf as write_source
 
 from convert import export, hf
 from convert.names import EMBEDDING, LM_HEAD, slots
 from convert.source import open_source
+from convert.writing import write_hf
 from lmmjax import llava
 from lmmjax.checkpoint import load
 from lmmjax.config import from_hf
@@ -51,12 +53,23 @@ def assert_identical(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 def test_there_and_back_changes_no_bit(variant: str, dtype: str, tmp_path: Path):
     config = hf_config(**VARIANTS[variant])
     tensors = random_tensors(config, dtype=dtype)
-    write_hf(tmp_path / "source", config, tensors, layout="in memory", shards=2)
+    write_source(tmp_path / "source", config, tensors, layout="in memory", shards=2)
     hf.convert(tmp_path / "source", tmp_path / "model")
     assert export.main([str(tmp_path / "model"), str(tmp_path / "back")]) == 0
     assert_identical(tensors_in(tmp_path / "back"), tensors)
     assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "source" / "config.json").read_bytes()
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "source" / "tokenizer.json").read_bytes()
+    assert_transformers_loads(tmp_path / "back")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_config_names_the_dtype_that_weights_were_cast_to(key: str, tmp_path: Path):
+    config = hf_config(text={key: "float16"}, **{key: "float16"})
+    write_source(tmp_path / "source", config, random_tensors(config, dtype="float16"))
+    hf.convert(tmp_path / "source", tmp_path / "model", dtype="bfloat16")
+    export.export(tmp_path / "model", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written == hf_config(text={key: "bfloat16"}, **{key: "bfloat16"})
     assert_transformers_loads(tmp_path / "back")
 
 
@@ -75,7 +88,7 @@ def test_an_image_token_behind_the_vocabulary_gets_its_row(tmp_path: Path):
     hf.convert(tmp_path / "source", tmp_path / "model", vision=clip)
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     params = load(tmp_path / "model").params
-    export.write_hf(params, {**raw, "image_token_index": 265}, tmp_path / "back")
+    write_hf(params, {**raw, "image_token_index": 265}, tmp_path / "back")
     tensors = load_file(tmp_path / "back" / "model.safetensors")
     for name, ours in ((EMBEDDING, params["text"]["embedding"]), (LM_HEAD, params["text"]["lm_head"]["kernel"].T)):
         np.testing.assert_array_equal(tensors[name][:264], ours)
@@ -95,7 +108,7 @@ def test_parameters_made_here_become_a_whole_checkpoint(checkpoint: Path, tmp_pa
     raw, params = hf_config(), made_here()
     assert "post_norm" not in params["vision"]
     assert "layers_2" not in params["vision"]
-    export.write_hf(params, raw, tmp_path / "made", [checkpoint / "tokenizer.json"])
+    write_hf(params, raw, tmp_path / "made", [checkpoint / "tokenizer.json"])
     assert_transformers_loads(tmp_path / "made")
     assert (tmp_path / "made" / "tokenizer.json").exists()
     hf.convert(tmp_path / "made", tmp_path / "model")
@@ -110,7 +123,7 @@ def test_parameters_that_do_not_fit_are_named(tmp_path: Path):
     params["text"]["norm"]["scale"] = np.ones(3)
     params["stray"] = np.ones(3)
     with pytest.raises(InputError) as caught:
-        export.write_hf(params, hf_config(), tmp_path / "made")
+        write_hf(params, hf_config(), tmp_path / "made")
     for part in ("projector.linear_1.bias is missing", "stray is unknown", "text.norm.scale is (3,), expected (32,)"):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())

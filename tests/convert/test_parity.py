@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoints import IMAGE_TOKEN, write_original
+from tiny_checkpoints import IMAGE_TOKEN, write_original, write_processor
 
 from convert import export, hf
 from lmmjax import checkpoint, llava
@@ -117,6 +117,7 @@ def test_the_original_layout_through_its_export(tmp_path: Path):
 def test_what_transformers_itself_saves(hf_checkpoint, tmp_path: Path):
     model = transformers.LlavaForConditionalGeneration.from_pretrained(hf_checkpoint())
     model.save_pretrained(tmp_path / "saved")
+    write_processor(tmp_path / "saved")
     hf.convert(tmp_path / "saved", tmp_path / "model")
     assert_parity(tmp_path / "saved", checkpoint.load(tmp_path / "model"))
 

@@ -114,6 +114,12 @@ def _finished(state: engine.State, shown) -> engine.State:
     return state.replace(done=state.done | (shown.__length_hint__() == 1))
 
 
+def test_only_the_space_that_joins_it_to_the_prompt_is_taken_off():
+    assert answer._settled(" red", True) == "red"
+    assert answer._settled("  \n red", True) == " \n red"
+    assert answer._settled("\n red", True) == "\n red"
+
+
 def test_why_an_answer_stopped(model: answer.Model, processor: Processor, monkeypatch: pytest.MonkeyPatch):
     free = answer.answer(model, processor, request_of(processor), lambda _: None)
     assert (free.stopped, free.tokens) == ("length", 24)
@@ -165,9 +171,11 @@ def test_bytes_are_those_of_the_buffers(model: answer.Model, processor: Processo
 
 
 def test_what_cannot_run_says_whose_fault_it_is(model: answer.Model, processor: Processor):
-    misfit = dataclasses.replace(plan_of(model, bits=4), cache=CacheFormat(group=8, window=4))
+    odd = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, head_dim=1))
     with pytest.raises(InputError, match="--plan: its cache does not fit"):
-        answer.answer(model._replace(plan=misfit), processor, request_of(processor), lambda _: None)
+        answer.answer(
+            model._replace(config=odd, plan=plan_of(model, bits=4)), processor, request_of(processor), lambda _: None
+        )
     with pytest.raises(InputError, match="--backend: backend: got 'fast'"):
         answer.answer(model, processor, request_of(processor, backend="fast"), lambda _: None)
 

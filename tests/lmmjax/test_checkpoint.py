@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -76,7 +77,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, hf_checkpoint):
             load(path)
 
 
-@pytest.mark.parametrize("number", [2, None, "1"])
+@pytest.mark.parametrize("number", [2, None, "1", True, 0])
 def test_another_format_is_refused(copy: Path, number):
     (copy / "lmmjax.json").write_text(json.dumps({"format": number}))
     with pytest.raises(InputError, match=r"format .*reads up to 1; update"):
@@ -102,6 +103,22 @@ def test_a_file_cut_short_is_refused(copy: Path):
 def test_a_damaged_description_is_refused(copy: Path, content: str):
     (copy / "lmmjax.json").write_text(content)
     with pytest.raises(InputError, match=r"lmmjax\.json"):
+        load(copy)
+
+
+def test_a_description_without_a_plan_is_refused(copy: Path):
+    about = json.loads((copy / "lmmjax.json").read_text())
+    del about["plan"]
+    (copy / "lmmjax.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="no plan in it"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[3]", b"\xff\xfe"])
+def test_damaged_metadata_of_the_weights_are_one_line(copy: Path, content: bytes):
+    file = copy / "params" / "00000" / "state" / "_METADATA"
+    file.write_bytes(content.ljust(file.stat().st_size))
+    with pytest.raises(InputError, match="the weights cannot be read"):
         load(copy)
 
 
@@ -140,6 +157,24 @@ def test_the_embedded_model_is_converted_once(hf_checkpoint, tmp_path: Path, mon
     assert "converting the embedded model" in capfd.readouterr().err
     assert resolve(None) == first
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damaged", ["params/00000/state/_METADATA", "tokenizer.json", "lmmjax.json"])
+def test_a_damaged_copy_of_the_embedded_model_is_made_again(
+    damaged: str, hf_checkpoint, checkpoint: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(lmmjax.checkpoint, "EMBEDDED", hf_checkpoint())
+    monkeypatch.setenv("LMMJAX_CACHE", str(tmp_path))
+
+    def convert(command: list[str], **_) -> subprocess.CompletedProcess:
+        shutil.copytree(checkpoint, command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(lmmjax.checkpoint.subprocess, "run", convert)
+    first = resolve(None)
+    (first / damaged).write_bytes(b"{")
+    assert resolve(None) == first
+    assert (first / damaged).read_bytes() == (checkpoint / damaged).read_bytes()
 
 
 def test_the_embedded_models_trouble_is_told(tmp_path: Path, monkeypatch):

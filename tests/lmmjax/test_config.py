@@ -116,6 +116,11 @@ def test_what_is_left_out_has_the_librarys_default():
     assert (config.vision.layers, config.text.layers, config.image_token) == (24, 32, 32000)
 
 
+def test_the_number_of_image_tokens_may_be_told_or_left_at_the_librarys_default():
+    for told in (4, 576):
+        assert from_hf(hf_config(image_seq_length=told)) == from_hf(hf_config())
+
+
 def test_feature_layers_count_hidden_states():
     assert from_hf(hf_config(vision_feature_layer=[-2, 3, 0])).vision.feature_layers == (2, 3, 0)
     assert from_hf(hf_config(vision_feature_select_strategy="full")).vision.image_tokens == 5
@@ -140,6 +145,13 @@ def test_feature_layers_count_hidden_states():
         ({"text": {"num_key_value_heads": 3}}, "query heads are no multiple of kv heads"),
         ({"text": {"head_dim": 7}}, "`head_dim`=7"),
         ({"text": {"num_hidden_layers": 0}}, "text_config.num_hidden_layers = 0, expected at least 1"),
+        ({"text": {"head_dim": -8}}, "text_config.head_dim = -8, expected at least 2"),
+        ({"text": {"rope_theta": 0}}, "text_config.rope_theta = 0, expected a number above 0"),
+        ({"text": {"rope_theta": "x"}}, "rope_theta"),
+        ({"vision": {"image_size": [28, 28]}}, "vision_config.image_size = [28, 28], expected at least 1"),
+        ({"vision_feature_layer": []}, "vision_feature_layer = [], expected layers' numbers"),
+        ({"image_token_index": -1}, "image_token_index = -1, expected a token's id"),
+        ({"image_seq_length": 5}, "image_seq_length = 5, but the vision tower makes 4 tokens of an image"),
         ({"vision": {"hidden_size": "wide"}}, "'hidden_size' expected int"),
         ({"vocab_size": 7}, "vocab_size is not that of text_config"),
         ({"model_type": "llava_next"}, "model_type is 'llava_next'; expected 'llava'"),

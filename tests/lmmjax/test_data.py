@@ -53,6 +53,7 @@ def test_jsonl_images_are_relative_to_the_file_and_text_is_a_question(tmp_path):
         ([1], "line 2: no JSON object"),
         ({"image": "a.png", "answer": "x"}, "line 2: question is None"),
         ({"image": "a.png", "question": "q", "answer": 3}, "line 2: answer is 3"),
+        ({"image": "a.png", "question": "q", "answer": "\ud800"}, "line 2: answer holds half a character"),
         ({"image": "b.png", "question": "q", "answer": "x"}, "b.png' does not exist"),
     ],
 )
@@ -116,7 +117,8 @@ class Bytes:
     eos = (0,)
     tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(text.encode()))
 
-    def __init__(self):
+    def __init__(self, context: int = 100):
+        self.config = SimpleNamespace(text=SimpleNamespace(context=context))
         self.read: list[Path] = []
 
     def render(self, question, images, system=None):
@@ -143,3 +145,10 @@ def test_encode_marks_answer_and_end_and_reads_each_image_once():
         assert encoded.tokens[row, : len(whole)].tolist() == whole
         marked = encoded.tokens[row][encoded.is_answer[row]]
         assert marked.tolist() == [*answer.encode(), 0]
+
+
+def test_prompt_and_answer_fit_the_context_together():
+    sample = Sample(Path("4.png"), "ab", "x", "any")  # an image, "ab:", " x" and the end: 7 tokens
+    encode(Bytes(context=7), [sample])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="7 tokens of prompt and answer do not fit the model's context of 6"):
+        encode(Bytes(context=6), [sample])  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,15 @@
 """Files and directories appear whole or not at all, also when their writer is killed."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lmmjax import files
 from lmmjax.errors import InputError
 from lmmjax.files import atomic_directory, write_atomic
 
@@ -80,3 +83,33 @@ def test_a_living_writer_is_left_alone(tmp_path: Path):
             raise InputError("no, I failed")
         assert first.exists()
     assert path.exists()
+
+
+def test_old_halves_of_a_file_are_removed_and_young_ones_left_alone(tmp_path: Path):
+    old, young, other = (tmp_path / name for name in (".plan.partial-1", ".plan.partial-2", ".other.partial-1"))
+    for path in (old, young, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    write_atomic(tmp_path / "plan", "whole")
+    assert set(tmp_path.iterdir()) == {young, other, tmp_path / "plan"}
+
+
+def test_a_directory_taken_for_abandoned_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch):
+    lock, lost = files._lock, []
+
+    def late(directory: Path, wait: bool = False) -> int | None:
+        if not lost:
+            lost.append(directory)
+            directory.rmdir()
+        return lock(directory, wait)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with atomic_directory(tmp_path / "run") as directory:
+        (directory / "file").write_text("text")
+    assert len(lost) == 1
+    assert (tmp_path / "run" / "file").exists()
+
+
+def test_a_directory_that_its_owner_renames_meanwhile_cannot_be_locked(tmp_path: Path):
+    assert files._lock(tmp_path / "renamed") is None

@@ -127,7 +127,9 @@ BAD_FLAGS = {
     "--temperature: got -1.0": ("--temperature", "-1"),
     "--temperature: got nan": ("--temperature", "nan"),
     "--top-p: got 0.0": ("--top-p", "0"),
+    "--max-tokens: got 99999999999": ("--max-tokens", "99999999999"),
     "--top-k: got -1": ("--top-k", "-1"),
+    "--top-k: got 99999999999": ("--top-k", "99999999999"),
     "--seed: got -1": ("--seed", "-1"),
     "--backend: got fast, expected one of reference": ("--backend", "fast"),
     "image missing.png: No such file": ("--image", "missing.png"),
@@ -155,6 +157,8 @@ def test_bad_prompts_end_in_one_line(ask, checkpoint: Path, capsys: pytest.Captu
     cases = {
         "2 <image> for 1 image": ask(prompt="<image> <image>"),
         "do not fit the model's context of 128": ask(prompt="x" * 200),
+        "holds half a character": ask(prompt="\udc80"),
+        "--prompt: got an empty text": ["--prompt", ""],
         "--prompt: none given": ["--model", str(checkpoint)],
     }
     for says, argv in cases.items():
@@ -165,7 +169,7 @@ def test_bad_prompts_end_in_one_line(ask, checkpoint: Path, capsys: pytest.Captu
 def test_bad_plans_end_in_one_line(ask, tmp_path: Path, capsys: pytest.CaptureFixture):
     text = checkpoints.load(ask()[1]).config.text
     longer = uniform(text).to_json().replace('"layers": [', '"layers": [\n {"key_bits": 16},', 1)
-    for content, says in (("{", "not a plan.json"), (longer, "got 3 layers, expected the model's 2")):
+    for content, says in (("{", "plan: not JSON"), (longer, "got 3 layers, expected the model's 2")):
         (tmp_path / "plan.json").write_text(content)
         assert main(ask("--plan", str(tmp_path / "plan.json"))) == 2
         assert says in one_line(capsys)

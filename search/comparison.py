@@ -1,7 +1,6 @@
 """The searched plan beside its baselines: dense, and uniform pruning by every score under the same two budgets."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,15 +43,12 @@ def contenders(
     ]
     for name in SCORES:
         ranks = rank(name)
-
-        def loss(candidate: Candidate, ranks: Ranks = ranks) -> float:
-            value = measure(on_search(candidate, ranks))
-            return math.inf if math.isnan(value) else value
-
-        yield Contender(f"uniform {name}", min(alike, key=loss), ranks)
+        best = min(alike, key=lambda candidate: measure(on_search(candidate, ranks)))
+        yield Contender(f"uniform {name}", best, ranks)
         if name == "wanda" and space.cache.keep < 1:
-            yield Contender("uniform wanda, slack filled", min(space.uniform(), key=loss), ranks)
-            yield Contender("uniform wanda, dense cache", nothing._replace(drops=space.weights.uniform()), ranks)
+            filled = min(space.uniform(), key=lambda candidate: measure(on_search(candidate, ranks)))
+            yield Contender("uniform wanda, slack filled", filled, ranks)
+            yield Contender("uniform wanda, dense cache", nothing._replace(drops=best.drops), ranks)
     yield Contender("searched", searched, rank(score))
 
 

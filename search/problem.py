@@ -46,11 +46,13 @@ class Problem:
         result = self.evaluator(candidate)
         facts: dict[str, Any] = {"kl": _number(result.kl), "nll": _number(result.nll), "accuracy": result.accuracy}
         facts |= {name: array.tolist() for name, array in candidate._asdict().items()}
-        return Outcome(_number(self.measure(result)), self.space.encode(candidate), facts)
+        return Outcome(self.measure(result), self.space.encode(candidate), facts)
 
     @property
     def measure(self) -> Callable[[Result], float]:
-        return OBJECTIVES[self.settings.objective]
+        """The objective, made small; see `_number`."""
+        of = OBJECTIVES[self.settings.objective]
+        return lambda result: _number(of(result))
 
     def plan(self, candidate: Candidate) -> Plan:
         chosen = self.settings

@@ -64,12 +64,12 @@ def test_there_and_back_changes_no_bit(variant: str, dtype: str, tmp_path: Path)
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_config_names_the_dtype_that_weights_were_cast_to(key: str, tmp_path: Path):
-    config = hf_config(text={key: "float16"}, **{key: "float16"})
+    config = {**hf_config(text={key: "float16"}), key: "float16"}
     write_source(tmp_path / "source", config, random_tensors(config, dtype="float16"))
     hf.convert(tmp_path / "source", tmp_path / "model", dtype="bfloat16")
     export.export(tmp_path / "model", tmp_path / "back")
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert written == hf_config(text={key: "bfloat16"}, **{key: "bfloat16"})
+    assert written == {**hf_config(text={key: "bfloat16"}), key: "bfloat16"}
     assert_transformers_loads(tmp_path / "back")
 
 

@@ -90,7 +90,7 @@ def test_old_halves_of_a_file_are_removed_and_young_ones_left_alone(tmp_path: Pa
     for path in (old, young, other):
         path.write_text("half")
     for path in (old, other):
-        os.utime(path, (time.time() - 7200,) * 2)
+        os.utime(path, (0, time.time() - 7200))
     write_atomic(tmp_path / "plan", "whole")
     assert set(tmp_path.iterdir()) == {young, other, tmp_path / "plan"}
 

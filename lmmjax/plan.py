@@ -32,8 +32,8 @@ class CacheFormat:
     def __post_init__(self):
         if self.group < 1 or self.window < 0 or self.window % self.group:
             raise InputError(
-                f"cache: got group {self.group}, window {self.window}; expected a group of at least 1 and a window that is"
-                " a multiple of it"
+                f"cache: got group {self.group}, window {self.window}; expected a group of at least 1 and a window that"
+                " is a multiple of it"
             )
         if self.dtype not in DTYPES:
             raise InputError(f"cache: got dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")

@@ -89,16 +89,22 @@ def test_the_readme_names_only_files_that_exist():
         assert (ROOT / link).exists(), link
 
 
-def test_another_distribution_named_kernels_is_said_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    ["lmmjax.generate --prompt hello", "convert.hf SRC DST", "convert.export DST OUT", "search.tpe --budget 0.5"],
+)
+def test_another_distribution_named_kernels_is_said_in_one_line(command, tmp_path):
+    """Hugging Face's package comes first on the path here, so that ours cannot even be imported."""
     info = tmp_path / "kernels-0.9.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    program = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {command.split()!r}; "
+    program += f"runpy.run_module({command.split()[0]!r}, run_name='__main__')"
     run = subprocess.run(
-        [sys.executable, "-m", "lmmjax.generate", "--prompt", "hello"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
     assert "'kernels' 0.9.0" in run.stderr

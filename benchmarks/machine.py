@@ -8,11 +8,11 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lmmjax.files import write_atomic
+from lmmjax.versions import installed
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optuna", "torch", "transformers")
@@ -31,7 +31,7 @@ def facts() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }
 
 
@@ -53,10 +53,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

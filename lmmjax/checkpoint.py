@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
 from lmmjax.plan import Plan
+from lmmjax.versions import installed
 
 FORMAT = 1
 PROCESSOR_FILES = (
@@ -203,17 +203,10 @@ def _is_copy(source: Path, target: Path) -> bool:
 def _about(dtypes: Iterable[str], plan: Plan | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "versions": {name: _version(name) for name in ("lmmjax", "jax", "orbax-checkpoint")},
+        "versions": {name: installed(name) or "not installed" for name in ("lmmjax", "jax", "orbax-checkpoint")},
         "dtypes": sorted(dtypes),
         "plan": plan and json.loads(plan.to_json()),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"  # lmmjax runs from a source tree too
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
+
+from lmmjax.versions import installed
 
 
 class InputError(ValueError):
@@ -45,9 +46,8 @@ def _outcome(command: Callable[[], int]) -> int:
 
 def _refuse_other_kernels() -> None:
     """Raises InputError where Hugging Face's `kernels` is installed too: one of the two would import the other's."""
-    try:
-        found = metadata.version("kernels")
-    except metadata.PackageNotFoundError:
+    found = installed("kernels")
+    if found is None:
         return
     raise InputError(
         f"the distribution 'kernels' {found} (Hugging Face's) is installed here and lmmjax has a package of that name;"

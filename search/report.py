@@ -4,7 +4,6 @@ import datetime
 import json
 import math
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from lmmjax.evaluate import Result
 from lmmjax.files import write_atomic
+from lmmjax.versions import installed
 from search import comparison, page, pictures
 from search.comparison import Contender
 from search.page import kilobytes, number, percent, points
@@ -45,7 +45,7 @@ def assemble(
         "differences": comparison.differences({name: result for name, (_, result) in results.items()}),
         "allocation": comparison.allocation(best, space),
         "history": [_history(trial, index < starts) for index, trial in enumerate(trials)],
-        "versions": {name: _version(name) for name in ("lmmjax", "jax", "optuna", "numpy")},
+        "versions": {name: installed(name) or "source tree" for name in ("lmmjax", "jax", "optuna", "numpy")},
         "device": jax.devices()[0].device_kind,
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **extra,
@@ -140,13 +140,6 @@ def _notes(problem: Problem, report: Report) -> dict[str, str]:
 def _history(trial: FrozenTrial, uniform: bool) -> dict[str, Any]:
     facts = {name: trial.user_attrs[name] for name in ("kl", "accuracy", "seconds")}
     return {"value": trial.value, "uniform": uniform, **facts}
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "source tree"
 
 
 def _plain(value: Any) -> Any:

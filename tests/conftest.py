@@ -8,6 +8,7 @@ import pytest
 from tiny_checkpoints import hf_config, random_tensors, write_hf
 
 from convert import hf
+from lmmjax import engine
 
 # Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -39,3 +40,17 @@ def checkpoint(hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Temp
     target = tmp_path_factory.mktemp("lmmjax") / "model"
     hf.convert(hf_checkpoint(), target)
     return target
+
+
+@pytest.fixture
+def interrupt_second_decode(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after whose call the engine's second decode is met by Ctrl-C."""
+    decode, calls = engine.decode, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    return lambda: monkeypatch.setattr(engine, "decode", interrupted)

@@ -1,6 +1,7 @@
 """A loaded model's answers: the plan that is used, the text as it streams, what is reported."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -136,17 +137,11 @@ def test_why_an_answer_stopped(model: answer.Model, processor: Processor, monkey
     assert (ended.stopped, ended.tokens) == ("end", ids.index(ids[4]) + 1)
 
 
-def test_ctrl_c_keeps_what_was_said(model: answer.Model, processor: Processor, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_keeps_what_was_said(
+    model: answer.Model, processor: Processor, interrupt_second_decode: Callable[[], None]
+):
     whole = answer.answer(model, processor, request_of(processor), lambda _: None)
-    decode, calls = engine.decode, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return decode(*args)
-
-    monkeypatch.setattr(engine, "decode", interrupted)
+    interrupt_second_decode()
     result = answer.answer(model, processor, request_of(processor), lambda _: None)
     assert result.stopped == "interrupt"
     assert result.tokens == 2

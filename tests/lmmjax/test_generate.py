@@ -104,18 +104,12 @@ def test_raw_takes_the_prompt_as_it_stands(ask, capsys: pytest.CaptureFixture):
     assert capsys.readouterr().err.startswith("one <image> here:\nprompt")
 
 
-def test_ctrl_c_ends_the_answer_with_130(ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_ctrl_c_ends_the_answer_with_130(
+    ask, interrupt_second_decode: Callable[[], None], capsys: pytest.CaptureFixture
+):
     assert main(ask()) == 0
     whole = capsys.readouterr().out
-    decode, calls = engine.decode, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return decode(*args)
-
-    monkeypatch.setattr(engine, "decode", interrupted)
+    interrupt_second_decode()
     assert main(ask()) == 130
     out, err = capsys.readouterr()
     assert whole.startswith(out.rstrip("\n"))

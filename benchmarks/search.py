@@ -19,7 +19,7 @@ from benchmarks import machine
 from lmmjax import checkpoint, runtime
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.errors import exit_code
-from lmmjax.evaluate import Result
+from lmmjax.likelihood import Result
 from search import comparison, problem, sets, study
 from search.problem import Problem
 from search.session import best_candidate

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from lmmjax.config import LINEARS
-from lmmjax.evaluate import Result
+from lmmjax.intervals import bootstrap, wilson
+from lmmjax.likelihood import Result
 from lmmjax.prune import SCORES
 from lmmjax.prune.transform import Ranks
-from search.intervals import bootstrap, wilson
 from search.objective import Evaluator, perplexity
 from search.space import Candidate, Space, dense
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from lmmjax import evaluate
+from lmmjax import likelihood
 from lmmjax.cache import empty_search_cache
 from lmmjax.config import LlavaConfig
 from lmmjax.data import Encoded
-from lmmjax.evaluate import Batch, LogProbs, Result
+from lmmjax.likelihood import Batch, LogProbs, Result
 from lmmjax.llava import Params
 from lmmjax.plan import CacheFormat
 from lmmjax.prune import masked
@@ -50,14 +50,14 @@ class Evaluator:
     ):
         self._config, self._params, self._ranks, self._form = config, params, ranks, form
         self._encoded = encoded
-        self._batches = list(evaluate.batches(config, params, encoded, min(batch, len(encoded.kinds)), tokens))
+        self._batches = list(likelihood.batches(config, params, encoded, min(batch, len(encoded.kinds)), tokens))
         self._reference = list(self._predictions(dense(config.text.layers), ranks))
 
     def __call__(self, candidate: Candidate, ranks: Ranks | None = None) -> Result:
         """Returns the result of an allocation; weights go in the order of `ranks`, by default the search's."""
         predicted = self._predictions(candidate, ranks or self._ranks)
         triples = zip(self._batches, self._reference, predicted, strict=True)
-        return evaluate.gather([_compare(*triple) for triple in triples], self._encoded)
+        return likelihood.gather([_compare(*triple) for triple in triples], self._encoded)
 
     def _predictions(self, candidate: Candidate, ranks: Ranks) -> Iterator[LogProbs]:
         """Yields batch by batch: those of a whole set, a number a word of the vocabulary, are held once only."""
@@ -80,7 +80,7 @@ def _predict(
     """Returns the predictions of one candidate on one batch. Traced once for all candidates and batches."""
     size, length = batch.x.shape[:2]
     cache = empty_search_cache(config.text, form, key_bits, value_bits, size, length)
-    return evaluate.log_probs(config, masked(params, ranks, drops), cache, batch)
+    return likelihood.log_probs(config, masked(params, ranks, drops), cache, batch)
 
 
-_compare = jax.jit(evaluate.compare)
+_compare = jax.jit(likelihood.compare)

@@ -14,7 +14,7 @@ from lmmjax import calibrate, data
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
-from lmmjax.evaluate import Result
+from lmmjax.likelihood import Result
 from lmmjax.plan import Calibration, Plan
 from lmmjax.prompt import Processor
 from lmmjax.prune import apply_plan, rank_model

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from optuna.trial import FrozenTrial
 
-from lmmjax.evaluate import Result
 from lmmjax.files import write_atomic
+from lmmjax.likelihood import Result
 from lmmjax.versions import installed
 from search import comparison, page, pictures
 from search.comparison import Contender

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import CONFIG, encoded
 
-from lmmjax import evaluate, llava
+from lmmjax import likelihood, llava
 from lmmjax.errors import InputError
 
 
@@ -17,7 +17,7 @@ def params():
     return llava.init(CONFIG, jax.random.key(0))
 
 
-def certain(batch: evaluate.Batch, targets) -> jax.Array:
+def certain(batch: likelihood.Batch, targets) -> jax.Array:
     """Predictions that give these tokens probability one half, and the rest the other half evenly."""
     vocab = CONFIG.text.vocab
     hot = jax.nn.one_hot(targets, vocab)
@@ -26,10 +26,10 @@ def certain(batch: evaluate.Batch, targets) -> jax.Array:
 
 def test_predictions_are_compared_token_by_token(params):
     data = encoded(3)
-    (batch,) = evaluate.batches(CONFIG, params, data)
+    (batch,) = likelihood.batches(CONFIG, params, data)
     right = certain(batch, batch.targets)
     wrong = right.at[1, 0].set(jnp.roll(right[1, 0], 1))
-    result = evaluate.gather([evaluate.compare(batch, right, wrong)], data)
+    result = likelihood.gather([likelihood.compare(batch, right, wrong)], data)
     other = 0.5 / (CONFIG.text.vocab - 1)
     assert result.accuracy == pytest.approx(2 / 3)
     assert result.by_kind == {"colour": 0.0, "shape": 1.0}
@@ -40,7 +40,7 @@ def test_predictions_are_compared_token_by_token(params):
 
 def test_answers_are_predicted_from_the_position_before(params):
     data = encoded(5)
-    (batch,) = evaluate.batches(CONFIG, params, data)
+    (batch,) = likelihood.batches(CONFIG, params, data)
     for row in range(5):
         at = np.flatnonzero(data.is_answer[row])
         np.testing.assert_array_equal(batch.at[row][batch.counted[row]], at)
@@ -50,18 +50,18 @@ def test_answers_are_predicted_from_the_position_before(params):
 
 def test_the_last_batch_is_filled_up_with_rows_that_count_nothing(params):
     data = encoded(5)
-    parts = list(evaluate.batches(CONFIG, params, data, size=4))
+    parts = list(likelihood.batches(CONFIG, params, data, size=4))
     assert [part.x.shape for part in parts] == [parts[0].x.shape] * 2
     assert [int(part.counted.any(1).sum()) for part in parts] == [4, 1]
-    sums = [evaluate.compare(part, certain(part, part.targets), certain(part, part.targets)) for part in parts]
-    result = evaluate.gather(sums, data)
+    sums = [likelihood.compare(part, certain(part, part.targets), certain(part, part.targets)) for part in parts]
+    result = likelihood.gather(sums, data)
     assert result.sums.correct.shape == (5,)
     assert result.sums.tokens.sum() == data.is_answer.sum()
 
 
 def test_text_tokens_are_those_that_something_precedes(params):
     data = encoded(4)
-    (batch,) = evaluate.batches(CONFIG, params, data, tokens="text")
+    (batch,) = likelihood.batches(CONFIG, params, data, tokens="text")
     assert int(batch.counted.sum()) == int((data.lengths - 1 - CONFIG.vision.image_tokens).sum())
     assert int(batch.answers.sum()) == int(data.is_answer.sum())
     assert (np.asarray(batch.targets)[np.asarray(batch.counted)] != CONFIG.image_token).all()
@@ -69,6 +69,6 @@ def test_text_tokens_are_those_that_something_precedes(params):
 
 def test_bad_requests_are_refused(params):
     with pytest.raises(InputError, match="tokens: got 'image'"):
-        list(evaluate.batches(CONFIG, params, encoded(2), tokens="image"))
+        list(likelihood.batches(CONFIG, params, encoded(2), tokens="image"))
     with pytest.raises(InputError, match="no samples"):
-        list(evaluate.batches(CONFIG, params, encoded(0)))
+        list(likelihood.batches(CONFIG, params, encoded(0)))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from search.intervals import bootstrap, wilson
+from lmmjax.intervals import bootstrap, wilson
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Hugging Face -> lmmjax: python -m convert.hf SRC DST."""
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from lmmjax import files
 from lmmjax.errors import InputError, exit_code
 
 if TYPE_CHECKING:
-    from convert.source import Material, Source
+    from convert.material import Material
 
 
 def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Path | None = None) -> None:
@@ -25,24 +24,13 @@ def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Pat
     Raises:
         InputError: the config, the weights or the target cannot be used; nothing is left behind then.
     """
-    # Imported here, for they take seconds, and need the right `kernels`: `exit_code` looks first.
-    from tqdm import tqdm
-
-    from convert.fit import assign, checked
-    from convert.names import slots
-    from lmmjax import checkpoint
-    from lmmjax.config import from_hf
-
     files.refuse_existing(target)
     with tempfile.TemporaryDirectory() as scratch:
         material = _gather(source, vision, Path(scratch))
-        config = from_hf(json.loads(material.config))
-        names = assign(config, material.weights.tensors)
-        if config.text.tied:
-            _require_equal_copy(material.weights, names)
-        with checkpoint.writer(target, material.config, material.carried) as leaves:
-            for slot in tqdm(slots(config), desc="convert", unit="tensor", file=sys.stderr):
-                leaves.add(slot.leaf, checked(slot, material.weights.read(names[slot.name]), dtype))
+        # Imported here, for it takes seconds, and needs the right `kernels`: `exit_code` looks first.
+        from convert.material import store
+
+        store(material, target, dtype)
 
 
 def locate(source: str, revision: str | None = None) -> Path:
@@ -90,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _gather(source: Path, vision: Path | None, scratch: Path) -> "Material":
     from convert import original
-    from convert.source import Material, open_source
+    from convert.material import Material
+    from convert.source import open_source
     from lmmjax import checkpoint
     from lmmjax.config import from_hf
 
@@ -104,16 +93,6 @@ def _gather(source: Path, vision: Path | None, scratch: Path) -> "Material":
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in carried}:
         raise InputError(f"{source} has neither tokenizer.json nor tokenizer.model; add the model's tokenizer")
     return Material((source / "config.json").read_bytes(), carried, open_source(source))
-
-
-def _require_equal_copy(weights: "Source", names: dict[str, str]) -> None:
-    """A tied head that was saved a second time must be the embedding, or the model is not what it says."""
-    import numpy as np
-
-    from convert.names import EMBEDDING, LM_HEAD
-
-    if LM_HEAD in names and not np.array_equal(weights.read(names[LM_HEAD]), weights.read(names[EMBEDDING])):
-        raise InputError(f"{names[LM_HEAD]} differs from the embedding, but config.json says they are tied")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ _SPELLINGS = (
     (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?(?=embeddings|encoder|pre_layr|post_layer)", _TOWER),
     (r"model\.(?=layers|embed_tokens|norm)", "language_model.model."),
 )
+PEFT_PREFIX = "base_model.model."
+"""What PEFT, and the original LLaVA's LoRA releases, put before every name."""
 _BUFFER = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 
 

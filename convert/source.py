@@ -1,7 +1,6 @@
 """Tensors on disk, read one at a time: safetensors or pytorch .bin, in one file or in shards."""
 
 import abc
-import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,13 +83,15 @@ class Renamed(Source):
         return self._source.read(self._names[name])
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """All that a conversion starts from: the text of config.json, files to carry along, and the weights."""
+class Arrays(Source):
+    """Tensors that are in memory."""
 
-    config: bytes
-    carried: list[Path]
-    weights: Source
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+        self.tensors = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._arrays[name]
 
 
 def open_source(directory: Path) -> Source:
@@ -101,18 +102,36 @@ def open_source(directory: Path) -> Source:
     """
     for name, kind in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchFile)):
         if (directory / f"{name}.index.json").exists():
-            return _joined({file: kind(file) for file in _shards(directory / f"{name}.index.json")})
+            return joined({file.name: kind(file) for file in _shards(directory / f"{name}.index.json")})
         if (directory / name).exists():
             return kind(directory / name)
     raise InputError(f"{directory} holds no weights; expected model.safetensors or pytorch_model.bin, or their index")
 
 
-def _joined(parts: Mapping[Path, Source]) -> Source:
-    owners: dict[str, Path] = {}
-    for file, part in parts.items():
+def open_file(file: Path) -> Source:
+    """Returns the tensors of one file, by its ending.
+
+    Raises:
+        InputError: no such file, one of another kind, a damaged one, or a .bin without torch to read it.
+    """
+    if not file.is_file():
+        raise InputError(f"there is no file {file}; expected one of tensors, .safetensors or .bin")
+    if file.suffix not in (".safetensors", ".bin"):
+        raise InputError(f"{file}: expected a file of tensors, .safetensors or .bin")
+    return Safetensors(file) if file.suffix == ".safetensors" else TorchFile(file)
+
+
+def joined(parts: Mapping[str, Source]) -> Source:
+    """Returns several sources as one; the keys are what messages call them.
+
+    Raises:
+        InputError: two of them have a tensor of the same name.
+    """
+    owners: dict[str, str] = {}
+    for title, part in parts.items():
         for name in part.tensors:
-            if (other := owners.setdefault(name, file)) != file:
-                raise InputError(f"{name} is both in {other} and in {file.name}; expected one of them: download again")
+            if (other := owners.setdefault(name, title)) != title:
+                raise InputError(f"{name} is both in {other} and in {title}; expected it in one of them alone")
     return Shards(parts.values())
 
 

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from tiny_checkpoints import LAYOUTS, hf_config, random_tensors, write_hf, write_original, write_weights
 
-from convert import hf, original
+from convert import hf, original, parts
 from convert.names import EMBEDDING, LM_HEAD, slots
+from convert.source import Arrays
 from lmmjax.checkpoint import load
 from lmmjax.config import from_hf
 from lmmjax.errors import InputError
@@ -87,12 +88,13 @@ def test_the_original_gets_an_image_token_behind_its_vocabulary(tmp_path: Path):
 def test_the_originals_settings_are_translated():
     raw = {"model_type": "llava", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "vocab_size": 9}
     vision = original._vision_config({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, None)
-    config = from_hf(original.translate({**raw, "mm_vision_select_feature": "cls_patch"}, vision, 8))
+    decoder = original.decoder_settings({**raw, "mm_vision_select_feature": "cls_patch"})
+    config = from_hf(parts.config(vision, parts.Decoder(weights=Arrays({}), directory=Path(), **decoder), 8))
     assert (config.vision.image_tokens, config.vision.feature_layers, config.image_token) == (577, (23,), 8)
     with pytest.raises(InputError, match="mm_projector_type = 'linear', mm_vision_select_feature = 'x' is not handled"):
-        original.translate({**raw, "mm_projector_type": "linear", "mm_vision_select_feature": "x"}, vision, 8)
+        original.decoder_settings({**raw, "mm_projector_type": "linear", "mm_vision_select_feature": "x"})
     with pytest.raises(InputError, match="mm_patch_merge_type = 'spatial_unpad'"):
-        original.translate({**raw, "mm_patch_merge_type": "spatial_unpad"}, vision, 8)
+        original.decoder_settings({**raw, "mm_patch_merge_type": "spatial_unpad"})
 
 
 def test_files_besides_the_weights_are_carried_verbatim(source: Path, tmp_path: Path):

@@ -1,14 +1,16 @@
-"""Files and directories that appear whole or not at all: temporary name, fsync, rename."""
+"""Files and directories that appear whole or not at all: temporary name, fsync, rename. And lines of JSON."""
 
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lmmjax.errors import InputError
 
@@ -37,6 +39,33 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
             temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     _sync(path.parent)
+
+
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the objects of a file, one a line, each behind the words that say where it stands. Blank lines are none.
+
+    Raises:
+        InputError: the file cannot be read, a line is no JSON object, or there is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: no JSON ({error.msg}); expected one object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: got a {type(row).__name__}, expected a JSON object")
+        rows.append((where, row))
+    if not rows:
+        raise InputError(f"{path}: nothing in it; expected one JSON object a line")
+    return rows
 
 
 def refuse_existing(path: Path) -> None:

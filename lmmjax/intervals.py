@@ -1,8 +1,10 @@
 """95% intervals of what is measured on a sample: Wilson's for a share, the bootstrap's for means and differences."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import ArrayLike
 
 Interval = tuple[float, float]
@@ -25,9 +27,15 @@ def bootstrap(numerators: ArrayLike, denominators: ArrayLike | None = None, seed
     For a paired difference give the samples' differences. Source: Efron 1979, Annals of Statistics 7, 1.
     """
     above = np.asarray(numerators, float)
-    n = len(above)
-    below = np.ones(n) if denominators is None else np.asarray(denominators, float)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=2000)
+    below = np.ones(len(above)) if denominators is None else np.asarray(denominators, float)
     with np.errstate(invalid="ignore"):  # a sample can be infinite; the interval is NaN then
-        low, high = np.quantile((counts @ above) / (counts @ below), [0.025, 0.975])
+        ratios = [(counts @ above) / (counts @ below) for counts in resamples(len(above), seed)]
+        low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
+
+
+def resamples(n: int, seed: int) -> Iterator[Int[np.ndarray, "draws n"]]:
+    """Yields how often each of n samples is drawn, 100 draws at a time, 2000 in all; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=100)

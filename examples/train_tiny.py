@@ -3,20 +3,21 @@
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from convert.writing import write_hf
-from examples.tiny import house, learning, measure
-from examples.tiny.batches import Batches, hold_out, image_labels
+from examples.tiny import house, learning
+from examples.tiny.batches import Batches, image_labels
 from examples.tiny.moving import Mover
-from examples.tiny.packing import Pack, answer_shares, pack
+from examples.vqa import measure, picture, training
+from examples.vqa.packing import Pack, answer_shares, hold_out, images_of, pack
 from lmmjax.data import EASY_VQA, load
 from lmmjax.errors import exit_code
 from lmmjax.files import write_atomic
+from lmmjax.llava import Params
 from lmmjax.prompt import Processor
 
 LINE = 50
@@ -47,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     processor = Processor.load(files, learning.CONFIG)
     trained, held = hold_out(samples, HELD_OUT, args.seed)
     shares = answer_shares(trained)
-    data, check = pack(processor, trained, shares), pack(processor, held, shares)
+    data, check = (pack(processor, part, shares, processor.pixels(images_of(part))) for part in (trained, held))
     batches = Batches(
         data,
         image_labels(trained),
-        Mover(data.pixels),
+        Mover(data.shown),
         args.seed,
         args.look_steps,
         args.steps,
@@ -60,22 +61,24 @@ def run(args: argparse.Namespace) -> int:
     )
     model = train(args, batches, check).params["model"]
     everything = answer_shares(samples)  # the blind baseline may learn from the held-out images too
-    final = measure.report(model, pack(processor, test, everything), test, everything, args.questions, args.seed)
+    testing = pack(processor, test, everything, processor.pixels(images_of(test)))
+    final = measure.report(judge(model, testing), testing, test, everything, args.questions, args.seed)
     write_atomic(args.out / "report.json", json.dumps(final, indent=2) + "\n")
-    measure.draw(args.out / "log.jsonl", final, args.out / "training.png")
+    picture.draw(args.out / "log.jsonl", final, args.out / "training.png")
     write_hf(model, house.config_json(), args.out / "hf", sorted(files.iterdir()))
     print(json.dumps(final, indent=2))
     return 0
 
 
-def train(args: argparse.Namespace, batches: Batches, check: Pack) -> learning.State:
+def train(args: argparse.Namespace, batches: Batches, check: Pack) -> training.State:
     """Returns the state after both stages; goes on from the one saved in OUT, if any."""
     optimizer = learning.make_optimizer(args.rate, args.look_steps, args.steps)
     losses = {"look": learning.looking_loss, "answer": learning.answering_loss}
-    steps = {stage: learning.make_step(optimizer, loss) for stage, loss in losses.items()}
-    state = learning.restore(args.out / "state.npz", learning.initial(args.seed, optimizer))
+    steps = {stage: training.make_step(optimizer, loss) for stage, loss in losses.items()}
+    fresh = training.initial(learning.initial_params(args.seed), optimizer)
+    state = training.restore(args.out / "state.npz", fresh)
     first, total = int(state.step), args.look_steps + args.steps
-    log = _Log(args.out / "log.jsonl", first)
+    log = training.Log(args.out / "log.jsonl", first)
     bar = tqdm(range(first, total), initial=first, total=total, unit="step", file=sys.stderr)
     for index in bar:
         stage = batches.stage(index)
@@ -87,30 +90,17 @@ def train(args: argparse.Namespace, batches: Batches, check: Pack) -> learning.S
         if done % LINE == 0 or saving:
             right = {}
             if saving and stage == "answer":
-                verdicts = measure.verdicts(state.params["model"], check, args.questions)
+                verdicts = measure.verdicts(judge(state.params["model"], check), check, args.questions)
                 right = measure.by_kind(verdicts, check.kinds)
             log.write(stage, done, right)
         if saving:
-            learning.save(args.out / "state.npz", state)
+            training.save(args.out / "state.npz", state)
     return state
 
 
-class _Log:
-    """JSON lines {stage, step, loss (mean since the line before), seconds, and now and then held-out accuracy}."""
-
-    def __init__(self, path: Path, first: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        # What a killed run logged after its last save is done, and logged, again.
-        self.lines = [line for line in lines if json.loads(line)["step"] <= first]
-        self.path, self.losses = path, []
-        self.start = time.monotonic() - (json.loads(self.lines[-1])["seconds"] if self.lines else 0)
-
-    def write(self, stage: str, step: int, more: dict[str, float]) -> None:
-        seconds = round(time.monotonic() - self.start)
-        line = {"stage": stage, "step": step, "loss": round(float(np.mean(self.losses)), 4), "seconds": seconds, **more}
-        self.lines.append(json.dumps(line))
-        self.losses = []
-        write_atomic(self.path, "\n".join(self.lines) + "\n")
+def judge(params: Params, data: Pack) -> measure.Judge:
+    """Returns what judges whole answers about the images of `data`."""
+    return lambda images, chosen: np.asarray(learning.judge(params, data.shown[images], *data.tokens(chosen)))
 
 
 if __name__ == "__main__":

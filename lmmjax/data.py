@@ -79,19 +79,16 @@ def disjoint(samples: Sequence[Sample], counts: Sequence[int], seed: int) -> tup
 def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
     """Returns prompt, answer and end-of-sequence token of every sample, with its image's pixels.
 
-    The answer is " " + answer: a Llama prompt ends in "ASSISTANT:", and the space belongs to the answer's first
-    token. Images used several times are read once.
+    Images used several times are read once.
 
     Raises:
         InputError: prompt and answer are longer than the model's context, or an image cannot be read.
     """
     from lmmjax.prompt import bucket, pad  # transformers comes with it, and loading questions needs none
 
-    prompts = [processor.encode(processor.render(sample.question, 1), 1) for sample in samples]
-    answers = [
-        [*processor.tokenizer.encode(f" {sample.answer}", add_special_tokens=False), processor.eos[0]]
-        for sample in samples
-    ]
+    texts = [processor.render(sample.question, 1) for sample in samples]
+    prompts = [processor.encode(text, 1) for text in texts]
+    answers = [answer_ids(processor, text, sample.answer) for text, sample in zip(texts, samples, strict=True)]
     whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     context = processor.config.text.context
     for sample, ids in zip(samples, whole, strict=True):
@@ -112,6 +109,15 @@ def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
         pixels=processor.pixels(images)[[rows[sample.image] for sample in samples]],
         kinds=tuple(sample.kind for sample in samples),
     )
+
+
+def answer_ids(processor: "Processor", prompt: str, answer: str) -> list[int]:
+    """Returns the tokens that answer a rendered prompt, and the end of the sequence.
+
+    Behind a prompt that ends in a word ("ASSISTANT:") a space comes first: it belongs to the answer's first token.
+    """
+    space = "" if prompt[-1:].isspace() else " "
+    return [*processor.tokenizer.encode(f"{space}{answer}", add_special_tokens=False), processor.eos[0]]
 
 
 def _easy_vqa(split: str) -> list[Sample]:

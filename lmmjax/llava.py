@@ -40,8 +40,11 @@ class Llava(nn.Module):
         self.projector = Projector(self.config)
         self.text = Decoder(self.config.text)
 
-    def encode(self, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:
-        return self.projector(self.vision(pixels))
+    def see(self, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p f"]:
+        return self.vision(pixels)
+
+    def project(self, features: Float[Array, "n p f"]) -> Float[Array, "n p e"]:
+        return self.projector(features)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
         return self.text.embed(tokens)
@@ -55,7 +58,7 @@ class Llava(nn.Module):
     def __call__(self, tokens: Int[Array, "b t"], pixels: Float[Array, "n c y x"]) -> Float[Array, "b t v"]:
         """Every part once, so that `init` makes every parameter."""
         b, t = tokens.shape
-        x = merge(self.config, tokens, self.embed(tokens), self.encode(pixels))
+        x = merge(self.config, tokens, self.embed(tokens), self.project(self.see(pixels)))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         states, _ = self.decode(x, positions, [PlainAttention(mask)] * self.config.text.layers)
@@ -72,7 +75,17 @@ def init(config: LlavaConfig, key: Array) -> Params:
 
 def encode_images(config: LlavaConfig, params: Params, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:
     """Returns the embeddings of n images, p tokens each."""
-    return _apply(config, params, Llava.encode, pixels)
+    return project(config, params, see(config, params, pixels))
+
+
+def see(config: LlavaConfig, params: Params, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p f"]:
+    """Returns the vision tower's features of n images, before the projector."""
+    return _apply(config, params, Llava.see, pixels)
+
+
+def project(config: LlavaConfig, params: Params, features: Float[Array, "n p f"]) -> Float[Array, "n p e"]:
+    """Returns the embeddings that the projector makes of features."""
+    return _apply(config, params, Llava.project, features)
 
 
 def embed(

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from examples.tiny.learning import COLOURS, SHAPES
 from examples.tiny.moving import Mover
-from examples.tiny.packing import Pack
+from examples.vqa.packing import Pack
 from lmmjax.data import Sample
 
 
@@ -34,12 +34,12 @@ class Batches:
         """Returns (pixels, labels) while looking, (pixels, tokens, is_answer) while answering."""
         rng = np.random.default_rng((self.seed, step))
         looking = self.stage(step) == "look"
-        images = rng.choice(len(self.data.pixels), self.rows * (2 if looking else 1), replace=False)
+        images = rng.choice(len(self.data.shown), self.rows * (2 if looking else 1), replace=False)
         if looking:
-            return self.mover(rng, self.data.pixels[images], images), self.labels[images]
+            return self.mover(rng, self.data.shown[images], images), self.labels[images]
         power = 1.0 if step - self.look_steps < 0.6 * self.steps else 0.0
-        chosen = self.data.draw(rng, images, self.questions, power)
-        return self.mover(rng, self.data.pixels[images], images), *self.data.tokens(chosen)
+        chosen = self.data.draw(rng, images, self.questions, self.data.surprise**power)
+        return self.mover(rng, self.data.shown[images], images), *self.data.tokens(chosen)
 
 
 def image_labels(samples: Sequence[Sample]) -> Int[np.ndarray, "i 2"]:
@@ -51,10 +51,3 @@ def image_labels(samples: Sequence[Sample]) -> Int[np.ndarray, "i 2"]:
             if sample.answer in names:
                 row[column] = names.index(sample.answer)
     return np.array(list(labels.values()))
-
-
-def hold_out(samples: Sequence[Sample], images: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Returns the samples of all but so many images, and those of the rest."""
-    names = list(dict.fromkeys(sample.image for sample in samples))
-    held = {names[index] for index in np.random.default_rng(seed).permutation(len(names))[:images]}
-    return [s for s in samples if s.image not in held], [s for s in samples if s.image in held]

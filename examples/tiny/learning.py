@@ -1,72 +1,40 @@
-"""The two losses, the optimizer, one step, and a state that a killed run goes on from."""
+"""The model's first parameters, the two losses and the optimizer."""
 
 import functools
-import io
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from examples.tiny import house
-from examples.tiny.packing import layout
+from examples.vqa.packing import layout
+from examples.vqa.training import is_matrix, stages
 from lmmjax import llava
 from lmmjax.config import from_hf
-from lmmjax.files import write_atomic
 
 CONFIG = from_hf(house.config_json())
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
-class State(flax.struct.PyTreeNode):
-    """All that a run goes on from. `params` are the model's and those of the classifier of the first stage."""
-
-    params: Any
-    moments: Any
-    step: Int[Array, ""]
-
-
-def initial(seed: int, optimizer: optax.GradientTransformation) -> State:
-    """Returns the state before the first step."""
+def initial_params(seed: int) -> dict[str, Any]:
+    """Returns the model's random parameters and those of the classifier of the first stage."""
     model, head = jax.random.split(jax.random.key(seed))
-    params: dict[str, Any] = {
+    return {
         "model": llava.init(CONFIG, model),
         "head": 0.02 * jax.random.normal(head, (CONFIG.text.width, len(SHAPES) + len(COLOURS))),
     }
-    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 @functools.cache
 def make_optimizer(rate: float, look_steps: int, steps: int) -> optax.GradientTransformation:
     """Returns AdamW with clipped gradients; each stage warms up and decays on its own."""
-
-    def stage(length: int) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, length // 5), length, 0.02 * rate)
-
-    schedule = optax.join_schedules([stage(look_steps), stage(steps)], [look_steps])
+    schedule = stages((look_steps, steps), rate)
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=is_matrix)
     )
-
-
-@functools.cache
-def make_step(optimizer: optax.GradientTransformation, loss: Callable) -> Callable[..., tuple[State, Float[Array, ""]]]:
-    """Returns the compiled step (state, *batch) -> (state, loss), one program for equal arguments."""
-
-    @jax.jit
-    def step(state: State, *batch: Array) -> tuple[State, Float[Array, ""]]:
-        value, gradient = jax.value_and_grad(loss)(state.params, *batch)
-        updates, moments = optimizer.update(gradient, state.moments, state.params)
-        return State(optax.apply_updates(state.params, updates), moments, state.step + 1), value
-
-    return step
 
 
 def looking_loss(params: dict, pixels: Float[Array, "r c y x"], labels: Int[Array, "r 2"]) -> Float[Array, ""]:
@@ -111,19 +79,3 @@ def judge(
     """Returns whether every token of an answer, its end included, is the likeliest: greedy decoding's exact match."""
     logits, targets = answer_logits(params, pixels, tokens, is_answer)
     return jnp.all((logits.argmax(-1) == targets) | ~is_answer[..., 1:], axis=-1)
-
-
-def save(path: Path, state: State) -> None:
-    """Writes the state whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, *(np.asarray(leaf) for leaf in jax.tree.leaves(state)))
-    write_atomic(path, buffer.getvalue())
-
-
-def restore(path: Path, state: State) -> State:
-    """Returns the state stored there; the given one if there is none."""
-    if not path.exists():
-        return state
-    with np.load(path) as stored:
-        leaves = [jnp.asarray(stored[f"arr_{index}"]) for index in range(len(stored.files))]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)

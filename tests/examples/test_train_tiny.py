@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from examples import train_tiny
-from examples.tiny import house, learning, measure
-from examples.tiny.batches import Batches, hold_out, image_labels
+from examples.tiny import house, learning
+from examples.tiny.batches import Batches, image_labels
 from examples.tiny.moving import Mover
-from examples.tiny.packing import answer_shares, pack
+from examples.vqa import measure
+from examples.vqa.packing import answer_shares, hold_out, images_of, pack
 from lmmjax import llava
 from lmmjax.data import encode, load
 from lmmjax.prompt import Processor
@@ -46,7 +47,7 @@ def processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(processor, samples):
-    return pack(processor, samples, answer_shares(samples))
+    return pack(processor, samples, answer_shares(samples), processor.pixels(images_of(samples)))
 
 
 def test_the_prompt_is_llavas_and_any_byte_has_an_id(processor):
@@ -65,7 +66,7 @@ def test_a_packed_question_gets_the_logits_it_gets_alone(processor, samples, pac
     params = llava.init(CONFIG, jax.random.key(0))
     images, chosen = packed.rows(questions=4)
     tokens, is_answer = packed.tokens(chosen)
-    together, _ = jax.jit(learning.answer_logits)(params, *map(jnp.asarray, (packed.pixels[images], tokens, is_answer)))
+    together, _ = jax.jit(learning.answer_logits)(params, *map(jnp.asarray, (packed.shown[images], tokens, is_answer)))
     alone = encode(processor, samples)
     t = alone.tokens.shape[1]
 
@@ -84,29 +85,30 @@ def test_a_packed_question_gets_the_logits_it_gets_alone(processor, samples, pac
 def test_every_question_is_packed_once_and_draws_repeat_none(packed):
     _, chosen = packed.rows(questions=4)
     assert sorted(chosen[chosen >= 0]) == list(range(len(packed.blocks)))
-    drawn = packed.draw(np.random.default_rng(0), np.arange(len(packed.members)), 5, power=1.0)
+    drawn = packed.draw(np.random.default_rng(0), np.arange(len(packed.members)), 5, packed.surprise)
     for row, members in zip(drawn, packed.members, strict=True):
         real = row[row >= 0]
         assert len(set(real)) == len(real) == min(5, (members >= 0).sum())
         assert set(real) <= set(members)
 
 
-def test_power_makes_surprising_answers_frequent(packed):
-    data = dataclasses.replace(packed, surprise=np.where(packed.kinds == 0, 1.0, 50.0))
+def test_weights_make_surprising_answers_frequent(packed):
+    surprise = np.where(packed.kinds == 0, 1.0, 50.0)
     images = np.resize(np.arange(len(packed.members)), 300)
-    rare = [(data.kinds[data.draw(np.random.default_rng(1), images, 1, p)] != 0).mean() for p in (0.0, 1.0)]
+    drawn = [packed.draw(np.random.default_rng(1), images, 1, each) for each in (np.ones_like(surprise), surprise)]
+    rare = [(packed.kinds[chosen] != 0).mean() for chosen in drawn]
     assert rare[0] == pytest.approx((packed.kinds != 0).mean(), abs=0.1)
     assert rare[1] > 0.9
 
 
 def test_moving_keeps_the_shape_whole_and_every_pixel(packed):
-    mover, images = Mover(packed.pixels), np.arange(len(packed.pixels))
-    moved = mover(np.random.default_rng(0), packed.pixels, images)
+    mover, images = Mover(packed.shown), np.arange(len(packed.shown))
+    moved = mover(np.random.default_rng(0), packed.shown, images)
     after = Mover(moved)
     assert (mover.rows != after.rows).any()
     np.testing.assert_array_equal(mover.rows.sum(1), after.rows.sum(1))
     np.testing.assert_array_equal(mover.columns.sum(1), after.columns.sum(1))
-    before, after = (np.sort(pixels.reshape(len(pixels), -1), axis=1) for pixels in (packed.pixels, moved))
+    before, after = (np.sort(pixels.reshape(len(pixels), -1), axis=1) for pixels in (packed.shown, moved))
     np.testing.assert_array_equal(before, after)
 
 
@@ -147,7 +149,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_log(tmp_path, packed, samp
 
     def run(name, kind):
         args = argparse.Namespace(out=tmp_path / name, rate=1e-3, every=2, **sizes)
-        return train_tiny.train(args, kind(packed, image_labels(samples), Mover(packed.pixels), **sizes), packed)
+        return train_tiny.train(args, kind(packed, image_labels(samples), Mover(packed.shown), **sizes), packed)
 
     whole = run("whole", Batches)
     with pytest.raises(KeyboardInterrupt):

@@ -1,30 +1,33 @@
 """Several questions of an image in one sequence, so that its image tokens are paid for once.
 
-A sequence is a prefix (`<s>USER: ` and the image) and blocks of equal length. A block sees the prefix and
-itself, and its positions follow the prefix: each question is answered as if it were alone.
+A sequence is a prefix (the prompts' beginning and the image) and blocks of equal length. A block sees the prefix
+and itself, and its positions follow the prefix: each question is answered as if it were alone.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from examples.tiny.house import EOS, IMAGE, PAD
-from lmmjax.data import KINDS, Sample
+from lmmjax.data import KINDS, Sample, answer_ids
 from lmmjax.prompt import Processor
 
 Shares = dict[tuple[str, str], float]
 """The share of each (question, answer) among all answers to the same question text."""
+PAD = 0
+"""Any id will do: nothing sees what fills a block up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Questions as blocks, the images, and which blocks belong to an image (-1 fills a row up).
+    """Questions as blocks, what is shown of each image, and which blocks belong to it (-1 fills a row up).
 
-    `surprise` is one over the share of this answer to this text: drawn in proportion to it, the questions
-    cannot be answered better than by chance without a look at the image.
+    `shown` is what the trained model begins with: pixels, or features of a frozen tower. `surprise` is one over
+    the share of this answer to this text: drawn in proportion to it, the questions cannot be answered better than
+    by chance without a look at the image.
     """
 
     prefix: Int[np.ndarray, "x"]
@@ -33,7 +36,7 @@ class Pack:
     kinds: Int[np.ndarray, "n"]
     surprise: Float[np.ndarray, "n"]
     members: Int[np.ndarray, "i m"]
-    pixels: Float[np.ndarray, "i c y x"]
+    shown: Float[np.ndarray, "i ..."]
 
     def rows(self, questions: int) -> tuple[Int[np.ndarray, "r"], Int[np.ndarray, "r q"]]:
         """Returns every question exactly once: the image of each sequence, and its questions."""
@@ -44,12 +47,12 @@ class Pack:
         return np.repeat(np.arange(len(self.members)), each)[used], chosen[used]
 
     def draw(
-        self, rng: np.random.Generator, images: Int[np.ndarray, "r"], questions: int, power: float
+        self, rng: np.random.Generator, images: Int[np.ndarray, "r"], questions: int, weights: Float[np.ndarray, "n"]
     ) -> Int[np.ndarray, "r q"]:
-        """Returns questions of these images, without replacement, in proportion to surprise ** power."""
+        """Returns questions of these images, without replacement, in proportion to their weights."""
         members = self.members[images]
         # The largest of log-weights plus Gumbel noise are a weighted sample without replacement.
-        keys = power * np.log(self.surprise[members]) + rng.gumbel(size=members.shape)
+        keys = np.log(weights[members]) + rng.gumbel(size=members.shape)
         keys[members < 0] = -np.inf
         return np.take_along_axis(members, np.argsort(-keys, axis=1)[:, :questions], axis=1)
 
@@ -69,8 +72,13 @@ def layout(prefix: int, block: int, questions: int) -> tuple[Int[np.ndarray, "t"
     return positions, visible & np.tri(len(owner), dtype=bool)
 
 
-def pack(processor: Processor, samples: Sequence[Sample], shares: Shares) -> Pack:
-    """Returns the samples packed, images in the order in which they first appear."""
+def images_of(samples: Sequence[Sample]) -> list[Path]:
+    """Returns the images in the order in which they first appear."""
+    return list(dict.fromkeys(sample.image for sample in samples))
+
+
+def pack(processor: Processor, samples: Sequence[Sample], shares: Shares, shown: Float[np.ndarray, "i ..."]) -> Pack:
+    """Returns the samples packed; `shown` goes with `images_of(samples)`."""
     prefix, blocks, is_answer = _blocks(processor, samples)
     members: dict = {}
     for index, sample in enumerate(samples):
@@ -83,8 +91,15 @@ def pack(processor: Processor, samples: Sequence[Sample], shares: Shares) -> Pac
         kinds=np.array([KINDS.index(sample.kind) for sample in samples]),
         surprise=np.array([1 / shares.get((sample.question, sample.answer), 1.0) for sample in samples]),
         members=np.array([each + [-1] * (most - len(each)) for each in members.values()]),
-        pixels=processor.pixels(list(members)),
+        shown=shown,
     )
+
+
+def hold_out(samples: Sequence[Sample], images: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Returns the samples of all but so many images, and those of the rest."""
+    names = images_of(samples)
+    held = {names[index] for index in np.random.default_rng(seed).permutation(len(names))[:images]}
+    return [s for s in samples if s.image not in held], [s for s in samples if s.image in held]
 
 
 def answer_shares(samples: Sequence[Sample]) -> Shares:
@@ -96,15 +111,16 @@ def answer_shares(samples: Sequence[Sample]) -> Shares:
 
 def _blocks(processor: Processor, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the common prefix, and what follows it in each prompt together with answer and end."""
-    prompts = [processor.encode(processor.render(sample.question, 1), 1) for sample in samples]
-    answers = [processor.tokenizer.encode(f" {sample.answer}", add_special_tokens=False) for sample in samples]
-    start = len(prompts[0]) - prompts[0][::-1].index(IMAGE)
+    texts = [processor.render(sample.question, 1) for sample in samples]
+    prompts = [processor.encode(text, 1) for text in texts]
+    answers = [answer_ids(processor, text, sample.answer) for text, sample in zip(texts, samples, strict=True)]
+    start = len(prompts[0]) - prompts[0][::-1].index(processor.config.image_token)
     if any(prompt[:start] != prompts[0][:start] for prompt in prompts):
         raise ValueError("the prompts do not begin alike, so they cannot share an image's tokens")
-    whole = [[*prompt[start:], *answer, EOS] for prompt, answer in zip(prompts, answers, strict=True)]
+    whole = [[*prompt[start:], *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     length = max(map(len, whole))
     ends = np.array([[len(block)] for block in whole])
-    starts = ends - np.array([[len(answer) + 1] for answer in answers])
+    starts = ends - np.array([[len(answer)] for answer in answers])
     position = np.arange(length)
     blocks = np.array([block + [PAD] * (length - len(block)) for block in whole])
     return np.array(prompts[0][:start]), blocks, (position >= starts) & (position < ends)

@@ -1,0 +1,93 @@
+"""One training step, a state that a killed run goes on from, and the log of a run."""
+
+import functools
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from lmmjax.files import write_atomic
+
+
+class State(flax.struct.PyTreeNode):
+    """All that a run goes on from: what is trained, the optimizer's moments, and the steps done."""
+
+    params: Any
+    moments: Any
+    step: Int[Array, ""]
+
+
+def initial(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state before the first step."""
+    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+@functools.cache
+def make_step(optimizer: optax.GradientTransformation, loss: Callable) -> Callable[..., tuple[State, Float[Array, ""]]]:
+    """Returns the compiled step (state, *batch) -> (state, loss), one program for equal arguments."""
+
+    @jax.jit
+    def step(state: State, *batch: Any) -> tuple[State, Float[Array, ""]]:
+        value, gradient = jax.value_and_grad(loss)(state.params, *batch)
+        updates, moments = optimizer.update(gradient, state.moments, state.params)
+        return State(optax.apply_updates(state.params, updates), moments, state.step + 1), value
+
+    return step
+
+
+def is_matrix(tree: Any) -> Any:
+    """Returns which leaves weight decay is for: matrices, no biases and norms."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def stages(lengths: Sequence[int], rate: float, warmup: int = 100) -> optax.Schedule:
+    """Returns a rate that warms up and decays to a fiftieth in each stage on its own."""
+
+    def stage(length: int) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, rate, min(warmup, length // 5), length, 0.02 * rate)
+
+    ends = np.cumsum(lengths)[:-1].tolist()
+    return optax.join_schedules([stage(length) for length in lengths], ends)
+
+
+def save(path: Path, state: State) -> None:
+    """Writes the state whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, *(np.asarray(leaf) for leaf in jax.tree.leaves(state)))
+    write_atomic(path, buffer.getvalue())
+
+
+def restore(path: Path, state: State) -> State:
+    """Returns the state stored there; the given one if there is none."""
+    if not path.exists():
+        return state
+    with np.load(path) as stored:
+        leaves = [jnp.asarray(stored[f"arr_{index}"]) for index in range(len(stored.files))]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+class Log:
+    """JSON lines {stage, step, loss (mean since the line before), seconds, and now and then held-out accuracy}."""
+
+    def __init__(self, path: Path, first: int):
+        lines = path.read_text().splitlines() if path.exists() else []
+        # What a killed run logged after its last save is done, and logged, again.
+        self.lines = [line for line in lines if json.loads(line)["step"] <= first]
+        self.path, self.losses = path, []
+        self.start = time.monotonic() - (json.loads(self.lines[-1])["seconds"] if self.lines else 0)
+
+    def write(self, stage: str, step: int, more: dict[str, float]) -> None:
+        seconds = round(time.monotonic() - self.start)
+        line = {"stage": stage, "step": step, "loss": round(float(np.mean(self.losses)), 4), "seconds": seconds, **more}
+        self.lines.append(json.dumps(line))
+        self.losses = []
+        write_atomic(self.path, "\n".join(self.lines) + "\n")

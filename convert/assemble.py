@@ -57,6 +57,8 @@ def assemble(
     targets = [(write, path) for write, path in ((store, target), (store_hf, hf)) if path is not None]
     if not targets:
         raise InputError("OUT: got none; expected a directory to be made, here or with --hf")
+    if target is not None and hf is not None and Path(target).resolve() == Path(hf).resolve():
+        raise InputError("--hf: got the directory of OUT, expected another one")
     for _, path in targets:
         files.refuse_existing(path)
     with tempfile.TemporaryDirectory() as name:

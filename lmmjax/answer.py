@@ -2,8 +2,6 @@
 
 import dataclasses
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from lmmjax.errors import InputError
 from lmmjax.llava import Params
 from lmmjax.plan import Plan, uniform
 from lmmjax.prompt import Processor, pad
-from lmmjax.runtime import compile_seconds
+from lmmjax.runtime import Stopwatch
 from lmmjax.sample import Sampling
 
 STRIDE_SECONDS = 0.1
@@ -114,7 +112,7 @@ def answer(model: Model, processor: Processor, request: Request, show: Callable[
         InputError: the request does not fit the model, or its attention backend cannot run it.
     """
     config, params, plan = model
-    clock = _Stopwatch()
+    clock = Stopwatch()
     tokens, lengths = pad([request.ids])
     capacity = engine.cache_capacity(config, tokens.shape[1], request.max_tokens)
     attention = _attention(model, tokens.shape[1], capacity, request.backend)
@@ -156,7 +154,7 @@ def check_backend(name: str | None) -> None:
 
 
 def _stream(
-    model: Model, processor: Processor, request: Request, state: engine.State, clock: "_Stopwatch", show: Callable
+    model: Model, processor: Processor, request: Request, state: engine.State, clock: Stopwatch, show: Callable
 ) -> tuple[list[int], str, str]:
     """Returns the answer's ids, its text and why it stopped, after showing the text piece by piece."""
     ids, text, stopped = engine.answers(state)[0], "", "interrupt"
@@ -203,19 +201,3 @@ def _dense_bytes(config: LlavaConfig, plan: Plan, capacity: int) -> int:
 
 def _drops(plan: Plan) -> list[dict[str, int]]:
     return [dict(layer.drop) for layer in plan.layers]
-
-
-class _Stopwatch:
-    """Milliseconds by name; what of them went into compiling is under "compile" instead."""
-
-    def __init__(self):
-        self.ms: dict[str, float] = defaultdict(float)
-
-    def __call__(self, name: str, program: Callable, *args, **kwargs) -> Any:
-        """Returns the program's result once it is there."""
-        compiled, began = compile_seconds(), time.perf_counter()
-        result = jax.block_until_ready(program(*args, **kwargs))
-        compiled = compile_seconds() - compiled
-        self.ms["compile"] += 1e3 * compiled
-        self.ms[name] += 1e3 * (time.perf_counter() - began - compiled)
-        return result

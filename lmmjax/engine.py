@@ -96,6 +96,7 @@ def start(
     keys: Key[Array, "b"] | None = None,
     eos: Sequence[int] = (),
     backend: str | None = None,
+    past: Cache | None = None,
 ) -> State:
     """Returns the state after the prompts, with the first token of every answer.
 
@@ -107,16 +108,18 @@ def start(
         sampling, keys: how tokens are drawn, and a key a row where the temperature is not 0.
         eos: tokens that end an answer.
         backend: of attention, see `kernels.attend`.
+        past: the prompts' beginnings, from `read`; `tokens` are then the rest of each. Consumed.
 
     Raises:
         InputError: a prompt does not fit the context, or its image tokens are not as many as the images give.
     """
     tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-    _check_prompts(config, tokens, lengths, images)
+    before = np.zeros_like(lengths) if past is None else np.asarray(past.lengths)
+    _check_prompts(config, tokens, lengths, images, before)
     batch, t = tokens.shape
-    capacity = cache_capacity(config, t, max_tokens)
-    limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - lengths)
-    cache = new_cache(config, params, plan, batch, capacity)
+    capacity = cache_capacity(config, t, max_tokens) if past is None else past.capacity
+    limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - before - lengths)
+    cache = new_cache(config, params, plan, batch, capacity) if past is None else past
     state = State(
         cache=cache,
         answer=jnp.zeros((batch, cache.capacity), jnp.int32),
@@ -130,6 +133,28 @@ def start(
     )
     tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
     return prefill(config, params, state, tokens, lengths, images, backend)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames="cache")
+def read(
+    config: LlavaConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    images: Float[Array, "n p e"] | None,
+    backend: str | None = None,
+) -> Cache:
+    """Returns the cache with beginnings of prompts appended, which `start` takes as `past`. Consumes `cache`."""
+    return llava.extend(config, params, cache, llava.embed(config, params, tokens, images, lengths), lengths, backend)[
+        1
+    ]
+
+
+@jax.jit
+def rows(cache: Cache, at: Int[Array, "b"]) -> Cache:
+    """Returns a new cache whose rows are these of a cache's, each as often as it is named."""
+    return jax.tree.map(lambda leaf: leaf[at], cache)
 
 
 def generate(
@@ -198,10 +223,12 @@ def _write(state: State, logits: Float[Array, "b v"]) -> State:
     )
 
 
-def _check_prompts(config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray, images: Array | None) -> None:
-    if lengths.min() < 1 or lengths.max() > min(tokens.shape[1], config.text.context):
+def _check_prompts(
+    config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray, images: Array | None, before: np.ndarray
+) -> None:
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1] or (before + lengths).max() > config.text.context:
         raise InputError(
-            f"prompts: got {lengths.min()} to {lengths.max()} tokens; expected 1 to the context of"
+            f"prompts: got {lengths.min()} to {(before + lengths).max()} tokens; expected 1 to the context of"
             f" {config.text.context}, in an array {tokens.shape[1]} wide"
         )
     found = int(((tokens == config.image_token) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum())

@@ -75,6 +75,30 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def alone(what: Path, lock: Path, flag: str) -> Iterator[None]:
+    """Holds `lock`, the sign that this process writes to `what`; the kernel lets go of it however it ends.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made; `flag` is the argument that named `what`.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot write to {what} ({error.strerror})") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{flag}: another process is writing to {what}; wait for it, or give another {flag}"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside `path`, which takes that name when the block ends well.
 

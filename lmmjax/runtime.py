@@ -3,6 +3,9 @@
 import functools
 import os
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -27,6 +30,22 @@ def prepare() -> None:
 def compile_seconds() -> float:
     """Returns the seconds that this process has spent on tracing, lowering and compiling, since the first call."""
     return sum(end - start for start, end in _spans())
+
+
+class Stopwatch:
+    """Milliseconds by name; what of them went into compiling is under "compile" instead."""
+
+    def __init__(self):
+        self.ms: dict[str, float] = defaultdict(float)
+
+    def __call__(self, name: str, program: Callable, *args, **kwargs) -> Any:
+        """Returns the program's result once it is there."""
+        compiled, began = compile_seconds(), time.perf_counter()
+        result = jax.block_until_ready(program(*args, **kwargs))
+        compiled = compile_seconds() - compiled
+        self.ms["compile"] += 1e3 * compiled
+        self.ms[name] += 1e3 * (time.perf_counter() - began - compiled)
+        return result
 
 
 @functools.cache

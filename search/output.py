@@ -9,11 +9,10 @@ from typing import Any
 from lmmjax import checkpoint
 from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
-from lmmjax.files import write_atomic
+from lmmjax.files import alone, write_atomic
 from search import report, study
 from search.problem import Problem
 from search.space import Candidate
-from search.storage import alone
 
 RESULTS = ("checkpoint/lmmjax.json", "plan.json", "report.html", "report.json")
 

@@ -1,16 +1,12 @@
 """One search's problem, made ready: the model, the three sets, the ranks, and what a point is worth."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from lmmjax import calibrate, data
+from lmmjax import calibrate, data, weights
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
@@ -115,12 +111,9 @@ def encode(checkpoint: Checkpoint, samples: list[data.Sample]) -> Encoded:
 def fingerprint(problem: Problem) -> str:
     """Returns a short hash of the weights and of the questions searched on.
 
-    Of every tensor its shape and about 1000 numbers, spread over it, take part.
+    Of the weights a part takes part, see `weights.digest`.
     """
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(problem.checkpoint.params):
-        step = leaf.size // 1000 | 1  # odd, so as not to meet the same column in every row
-        digest.update(f"{leaf.shape}".encode() + np.asarray(leaf.ravel()[::step]).tobytes())
+    digest = weights.digest(problem.checkpoint.params)
     for sample in (*problem.sets.calibration, *problem.sets.search):
         digest.update(f"{Path(sample.image).name}\n{sample.question}\n{sample.answer}\n".encode())
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lmmjax.errors import InputError
+from lmmjax.files import alone
 
 
 def open_storage(where: str) -> BaseStorage:
@@ -25,30 +26,6 @@ def open_storage(where: str) -> BaseStorage:
     except Exception as error:  # a database driver's own, a missing driver, a directory, a file that is no journal
         reason = " ".join(str(error).split()[:30])
         raise InputError(f"--storage: cannot open {where} ({type(error).__name__}: {reason})") from error
-
-
-@contextlib.contextmanager
-def alone(what: Path, lock: Path, flag: str) -> Iterator[None]:
-    """Holds `lock`, the sign that this process writes to `what`; the kernel lets go of it however it ends.
-
-    Raises:
-        InputError: another process holds it, or it cannot be made; `flag` is the argument that named `what`.
-    """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot write to {what} ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{flag}: another search is writing to {what}; wait for it, or give another {flag}"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def only_one(where: str) -> contextlib.AbstractContextManager[None]:

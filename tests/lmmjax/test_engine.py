@@ -183,3 +183,18 @@ def test_the_backends_that_ran_are_named(params: llava.Params, images: jax.Array
     assert engine.backends(CONFIG, params, state.cache, 1) == ("reference",)
     with pytest.raises(ValueError, match="expected one of"):
         engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, backend="none such")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_prompts_whose_beginning_was_read_once_answer_as_whole_ones(params: llava.Params, images: jax.Array, name: str):
+    """Rows 0 and 2 go on from the first prompt's image, row 1 from the second's; paddings differ."""
+    settings = {"max_tokens": 20}
+    first, second, _ = prompts()
+    cut, at = 5, [0, 1, 0]
+    rest = [first[cut:], second[cut:], [7, 8, 9, 10]]
+    whole = [[first, second][row][:cut] + end for row, end in zip(at, rest, strict=True)]
+    expected = engine.generate(CONFIG, params, *pad(whole), images[jnp.array(at)], plan=PLANS[name], **settings)
+    cache = engine.new_cache(CONFIG, params, PLANS[name], 2, 48)
+    cache = engine.read(CONFIG, params, cache, *pad([first[:cut], second[:cut]]), images[:2])
+    past = engine.rows(cache, jnp.array(at))
+    assert engine.generate(CONFIG, params, *pad(rest), past=past, **settings) == expected

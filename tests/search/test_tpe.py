@@ -321,14 +321,14 @@ def test_a_compressed_checkpoint_is_no_start(searched, tmp_path, capsys):
 def test_an_out_in_use_is_refused(searched, checkpoint, capsys):
     with output.only_one(searched):
         assert tpe.main(arguments(checkpoint, searched)) == 2
-    assert "another search is writing" in capsys.readouterr().err
+    assert "another process is writing" in capsys.readouterr().err
 
 
 def test_a_journal_in_use_by_a_search_with_another_out_is_refused(checkpoint, tmp_path, capsys):
     journal = tmp_path / "shared.journal"
     with storage.only_one(str(journal)):
         assert tpe.main(arguments(checkpoint, tmp_path / "out", "--storage", str(journal))) == 2
-    assert f"--storage: another search is writing to {journal}" in capsys.readouterr().err
+    assert f"--storage: another process is writing to {journal}" in capsys.readouterr().err
     assert not journal.exists()
 
 

@@ -121,11 +121,9 @@ class Gguf(Source):
         }
         known = {**_HARMLESS, **implied}
         problems = [f"llama.{name} = {value!r}" for name, value in rest.items() if value not in known.get(name, ())]
-        problems += [
-            f"llama.{name} = {value!r}"
-            for name, value in settings.items()
-            if name.startswith("num_") and not isinstance(value, int)  # a number for every layer
-        ]
+        per_layer = {name for name, value in settings.items() if name.startswith("num_") and not isinstance(value, int)}
+        odd = {"head_dim"} if settings["head_dim"] % 2 else set()
+        problems += [f"llama.{name} = {settings[name]!r}" for name in sorted(per_layer | odd)]
         if problems:
             raise InputError(f"{self.file}: {', '.join(problems)} is not handled; expected a plain Llama")
 

@@ -31,7 +31,18 @@ def write_tokenizer(source: Path, scratch: Path, image_token: int | None = None)
         return known
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     tokenizer.save(str(scratch / "tokenizer.json"))
-    return tokenizer.token_to_id(IMAGE_TOKEN)
+    number = tokenizer.token_to_id(IMAGE_TOKEN)
+    _announce(source / "tokenizer_config.json", number, scratch)
+    return number
+
+
+def _announce(file: Path, number: int, scratch: Path) -> None:
+    """Adds the image token to the list of added tokens, where a tokenizer_config.json has one: it rules then."""
+    settings = read_json(file) if file.exists() else {}
+    if "added_tokens_decoder" in settings:
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        settings["added_tokens_decoder"][str(number)] = {"content": IMAGE_TOKEN, "special": True, **flags}
+        _dump(settings, scratch / file.name)
 
 
 def _rename(source: Path, tokenizer: Any, number: int, scratch: Path) -> None:

@@ -12,9 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import CHAT_TEMPLATE, IMAGE_TOKEN, hf_config, write_original
 
-from convert import assemble, hf, tower
+from convert import assemble, hf, tokens, tower
+from convert.gguf import Gguf
+from convert.gguf_tokenizer import write_tokenizer
 from convert.names import slots
 from convert.parts import CHAT_TEMPLATE as LLAVA_TEMPLATE
+from lmmjax import llava
 from lmmjax.checkpoint import load, read_json
 from lmmjax.config import from_hf
 from lmmjax.prompt import Processor
@@ -133,9 +136,9 @@ def test_what_transformers_makes_of_another_image_size(parts, tmp_path: Path):
 
 def test_an_unused_special_token_becomes_the_image_token(parts, tmp_path: Path):
     file = tiny_parts.write_gguf(tmp_path / "a.gguf")
-    clip, projector = parts["vision"], {"random_projector": 0}
-    assemble.assemble(clip, file, tmp_path / "taken", hf=tmp_path / "hf", image_token_id=3, **projector)
-    assemble.assemble(clip, file, tmp_path / "behind", hf=tmp_path / "grown", **projector)
+    clip = parts["vision"]
+    assemble.assemble(clip, file, tmp_path / "taken", hf=tmp_path / "hf", image_token_id=3, random_projector=0)
+    assemble.assemble(clip, file, tmp_path / "behind", hf=tmp_path / "grown", random_projector=0)
     for name, token in (("taken", 3), ("behind", 319)):
         config = load(tmp_path / name).config
         processor = Processor.load(tmp_path / name, config)
@@ -322,26 +325,48 @@ def test_a_token_in_use_is_no_image_token(parts, tmp_path: Path, capsys):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"image_size": 42}])
-def test_logits_are_transformers(options, parts, tmp_path: Path):
+def test_logits_are_transformers(parts, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="what is compared with")
+    import jax
     import jax.numpy as jnp
     import transformers
 
-    from lmmjax import llava
-
     file = tiny_parts.write_gguf(tmp_path / "a.gguf", tied=True)
-    whole = {"image_token_id": 3, "random_projector": 0, **options}
-    assemble.assemble(parts["vision"], file, tmp_path / "out", hf=tmp_path / "hf", **whole)
-    loaded = load(tmp_path / "out")
-    side, count = loaded.config.vision.image_size, loaded.config.vision.image_tokens
-    ids = np.array([[1, *[3] * count, 20, 30, 40, 50]])
-    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    out, theirs = tmp_path / "out", tmp_path / "hf"
+    assemble.assemble(parts["vision"], file, out, hf=theirs, image_token_id=3, random_projector=0, image_size=42)
+    loaded = load(out)
+    ids = np.array([[1, *[3] * 9, 20, 30, 40, 50]])
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 42, 42)).astype(np.float32)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(theirs, dtype=torch.float32).eval()
     with torch.no_grad():
-        want = theirs.eval()(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
-    features = llava.encode_images(loaded.config, loaded.params, jnp.asarray(pixels))
-    x = llava.embed(loaded.config, loaded.params, jnp.asarray(ids), features)
-    causal = jnp.tril(jnp.ones((1, *[ids.shape[1]] * 2), bool))
-    states = llava.forward(loaded.config, loaded.params, x, jnp.arange(ids.shape[1])[None], causal)
-    np.testing.assert_allclose(llava.logits(loaded.config, loaded.params, states), want, atol=1e-4, rtol=0)
+        want = model(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
+
+    @jax.jit
+    def ours(params):
+        x = llava.embed_prompts(loaded.config, params, jnp.asarray(ids), jnp.array([14]), jnp.asarray(pixels))
+        causal = jnp.tril(jnp.ones((1, 14, 14), bool))
+        return llava.logits(
+            loaded.config, params, llava.forward(loaded.config, params, x, jnp.arange(14)[None], causal)
+        )
+
+    assert np.ptp(want) > 0.5, "logits this flat would hide a difference"
+    np.testing.assert_allclose(ours(loaded.params), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [None, 3])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_every_list_of_tokens_learns_of_the_image_token(number: int | None, kind: str, tmp_path: Path):
+    """As the hub's checkpoints have them: a class of its own rebuilds the tokenizer from these lists."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(Gguf(tiny_parts.write_gguf(tmp_path / "a.gguf")).metadata, tmp_path)
+    added = {str(i): {"content": token, "special": True} for i, token in enumerate(tiny_parts.CONTROL)}
+    changes = {"tokenizer_class": kind, "added_tokens_decoder": added, "unk_token": "<|end|>"}
+    settings = {**read_json(tmp_path / "tokenizer_config.json"), **changes}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<unused>"]}))
+    got = tokens.write_tokenizer(tmp_path, tmp_path, number)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert got == (319 if number is None else number)
+    assert tokenizer.encode("<image>a")[:1] == [got]
+    assert len(tokenizer) == (320 if number is None else 319)

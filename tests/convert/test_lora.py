@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -90,7 +91,7 @@ def test_sums_are_float32_and_rounded_once(tmp_path: Path):
         ("layer_replication", [[0, 1]]), ("something_new", 3), ("peft_type", "IA3"), ("trainable_token_indices", [5]),
     ],
 )  # fmt: skip
-def test_settings_that_are_refused(name: str, value: object, tmp_path: Path):
+def test_settings_that_are_refused(name: str, value: Any, tmp_path: Path):
     lora = write_adapter(tmp_path / "lora", {Q: (A, B)}, **{name: value})
     with pytest.raises(InputError, match=re.escape(f"{name} = {value!r} is not handled; expected a plain LoRA")):
         Merged(SOURCE, lora)

@@ -33,8 +33,8 @@ def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Pat
         store(material, target, dtype)
 
 
-def locate(source: str, revision: str | None = None) -> Path:
-    """Returns the local directory of SRC: itself, or a snapshot of that model on the hub (downloaded once).
+def locate(source: str, revision: str | None = None, argument: str = "SRC") -> Path:
+    """Returns the local directory of a source: itself, or a snapshot of that model on the hub (downloaded once).
 
     Raises:
         InputError: neither a directory nor a model that can be had.
@@ -42,7 +42,7 @@ def locate(source: str, revision: str | None = None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"SRC: there is no directory {source}; expected one, or a hub id such as owner/name")
+        raise InputError(f"{argument}: there is no directory {source}; expected one, or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE", "*.safetensors"]
@@ -53,7 +53,7 @@ def locate(source: str, revision: str | None = None) -> Path:
         return path
     except Exception as error:  # offline, unknown, gated: the hub's client has a class for each
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise InputError(f"SRC: {source} is no directory here and cannot be had from the hub ({reason})") from error
+        raise InputError(f"{argument}: {source} is no directory here and cannot be had from the hub ({reason})") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> int:
         files.refuse_existing(args.target)  # before anything is downloaded
-        vision = locate(args.vision) if args.vision else None
+        vision = locate(args.vision, argument="--vision") if args.vision else None
         convert(locate(args.source, args.revision), args.target, dtype=args.dtype, vision=vision)
         return 0
 

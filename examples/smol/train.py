@@ -1,0 +1,163 @@
+"""Trains smol's projector and adapters on easy-VQA and plain text: python -m examples.smol.train."""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from examples.smol import adapter, batches, build, fetch, learning, report
+from examples.smol.batches import Batches, Stage
+from examples.smol.learning import Frozen, Objective
+from examples.vqa import measure, picture, training
+from examples.vqa.packing import Pack, answer_shares, hold_out, images_of, pack
+from lmmjax import checkpoint, runtime
+from lmmjax.checkpoint import Checkpoint
+from lmmjax.data import EASY_VQA, Sample, load
+from lmmjax.errors import exit_code
+from lmmjax.files import write_atomic
+from lmmjax.prompt import Processor
+
+LINE = 10
+"""Steps that share a line of the log."""
+HELD_OUT = 40
+"""Training images kept from training, to watch it by."""
+QUESTIONS = 6
+"""Questions in a sequence that is judged, and in those of the last stage."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.smol.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run that it holds goes on")
+    parser.add_argument("--base", type=Path, help="checkpoint of the parts, untrained (default: built as OUT/base)")
+    parser.add_argument("--texts", type=Path, help="plain text files below train/ and report/ (default: downloaded)")
+    parser.add_argument("--parts", type=Path, help="where downloads are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, nargs=3, default=(60, 200, 160), metavar=("ALIGN", "NAME", "ANSWER"))
+    parser.add_argument("--projector-rate", type=float, default=2e-3)
+    parser.add_argument("--adapter-rate", type=float, default=1e-3)
+    parser.add_argument("--window", type=int, default=128, help="tokens of plain text a step")
+    parser.add_argument("--every", type=int, default=40, help="steps between checks and saves")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, writes OUT/adapter and the finished checkpoint OUT/checkpoint, and reports on the test questions."""
+    runtime.prepare()
+    base, (learned, reported) = prepare(args)
+    model = checkpoint.load(base)
+    processor = Processor.load(model.path, model.config)
+    data, check, scaling = training_data(args, model, processor)
+    align, name, answer = args.steps
+    stages = (Stage("align", align, 16, 3), Stage("name", name, 16, 3), Stage("answer", answer, 8, QUESTIONS))
+    source = Batches(data, batches.read_text(processor, learned), args.window, stages, args.seed)
+    trained = train(args, model, source, check).params
+    size = learning.root_mean_square(model.params["text"]["embedding"])
+    finished = args.out / "checkpoint"
+    if not finished.exists():
+        shutil.rmtree(args.out / "adapter", ignore_errors=True)
+        adapter.write(args.out / "adapter", learning.fold(trained["projector"], *scaling, size), trained["lora"])
+        build.build(finished, args.out / "adapter", parts=args.parts)
+    final = report.report(finished, model, reported, args.seed)
+    write_atomic(args.out / "report.json", json.dumps(final, indent=2) + "\n")
+    picture.draw(args.out / "log.jsonl", final["easy-vqa"], args.out / "training.png")
+    print(json.dumps(final, indent=2))
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> tuple[Path, tuple[list[Path], list[Path]]]:
+    """Returns the untrained checkpoint, and the texts to learn from and to report on."""
+    base = args.base or args.out / "base"
+    if not base.exists():
+        build.build(base, None, parts=args.parts)
+    if args.texts:
+        learned, reported = args.texts / "train", args.texts / "report"
+    else:
+        learned, reported = fetch.texts(args.parts or checkpoint.cache_dir() / "smol")
+    return base, (sorted(learned.glob("*.txt")), sorted(reported.glob("*.txt")))
+
+
+def training_data(
+    args: argparse.Namespace, model: Checkpoint, processor: Processor
+) -> tuple[Pack, Pack, tuple[np.ndarray, np.ndarray]]:
+    """Returns the questions to learn from, those held out, and the features' mean and deviation."""
+    samples = load(EASY_VQA, "train")
+    trained, held = hold_out(samples, HELD_OUT, args.seed)
+    features, *scaling = normalized_features(model, processor, images_of(samples), args.out / "features.npz")
+    shares = answer_shares(trained)
+    data, check = (pack(processor, part, shares, select(features, samples, part)) for part in (trained, held))
+    return data, check, (scaling[0], scaling[1])
+
+
+def train(args: argparse.Namespace, model: Checkpoint, source: Batches, check: Pack) -> training.State:
+    """Returns the state after all stages; goes on from the one saved in OUT, if any."""
+    size = learning.root_mean_square(model.params["text"]["embedding"])
+    frozen = Frozen({"text": model.params["text"]}, size)
+    optimizer = learning.make_optimizer(
+        tuple(stage.steps for stage in source.stages), args.projector_rate, args.adapter_rate
+    )
+    fresh = training.initial(learning.initial_params(model.config, args.seed), optimizer)
+    state = training.restore(args.out / "state.npz", fresh)
+    first = int(state.step)
+    log = training.Log(args.out / "log.jsonl", first)
+    steps = {
+        stage.name: _step(stage, Objective(model.config, len(source.data.prefix), stage.questions), optimizer)
+        for stage in source.stages
+    }
+    judging = report.judge(model, frozen, check, QUESTIONS)
+    bar = tqdm(range(first, source.steps), initial=first, total=source.steps, unit="step", file=sys.stderr)
+    for index in bar:
+        stage, _ = source.stage(index)
+        state, loss = steps[stage.name](state, frozen, *source(index))
+        log.losses.append(float(loss))
+        bar.set_postfix(stage=stage.name, loss=f"{log.losses[-1]:.3f}")
+        done = index + 1
+        saving = done % args.every == 0 or done == source.steps
+        if done % LINE == 0 or saving:
+            right = {}
+            if saving:
+                verdicts = measure.verdicts(judging(state.params), check, QUESTIONS, rows=8)
+                right = measure.by_kind(verdicts, check.kinds)
+            log.write(stage.name, done, right)
+        if saving:
+            training.save(args.out / "state.npz", state)
+    return state
+
+
+def _step(stage: Stage, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
+    loss = objective.aligning if stage.name == "align" else objective.answering
+    return training.make_step(optimizer, loss)
+
+
+def normalized_features(
+    model: Checkpoint, processor: Processor, images: list[Path], kept: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the tower's features of all images, normalized by channel, with mean and deviation; computed once.
+
+    CLIP has channels a hundred times as large as the others, which else would rule the projector's first steps.
+    """
+    if not kept.exists():
+        found = report.features_of(model, processor, images)
+        mean, deviation = found.mean((0, 1)), found.std((0, 1))
+        buffer = io.BytesIO()
+        np.savez(buffer, features=((found - mean) / deviation).astype(np.float16), mean=mean, deviation=deviation)
+        write_atomic(kept, buffer.getvalue())
+    with np.load(kept) as stored:
+        return stored["features"].astype(np.float32), stored["mean"], stored["deviation"]
+
+
+def select(features: np.ndarray, samples: list[Sample], part: list[Sample]) -> np.ndarray:
+    """Returns the features of the images of some samples, in their order."""
+    places = {image: index for index, image in enumerate(images_of(samples))}
+    return features[[places[image] for image in images_of(part)]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

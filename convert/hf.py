@@ -53,7 +53,9 @@ def locate(source: str, revision: str | None = None, argument: str = "SRC") -> P
         return path
     except Exception as error:  # offline, unknown, gated: the hub's client has a class for each
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise InputError(f"{argument}: {source} is no directory here and cannot be had from the hub ({reason})") from error
+        raise InputError(
+            f"{argument}: {source} is no directory here and cannot be had from the hub ({reason})"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,12 +14,20 @@ Judge = Callable[[Int[np.ndarray, "r"], Int[np.ndarray, "r q"]], Bool[np.ndarray
 """Whether greedy decoding would give the whole answer to each of these questions about these images."""
 
 
-def report(judge: Judge, pack: Pack, samples: Sequence[Sample], shares: Shares, questions: int, seed: int) -> dict:
+def report(
+    judge: Judge,
+    pack: Pack,
+    samples: Sequence[Sample],
+    shares: Shares,
+    questions: int,
+    seed: int,
+    rows: int = ROWS,
+) -> dict:
     """Returns the model's shares of right answers, and those of two controls that see no image or a wrong one."""
     shuffled = np.random.default_rng(seed).permutation(len(pack.shown))
     right = {
-        "model": verdicts(judge, pack, questions),
-        "shuffled images": verdicts(judge, pack, questions, shuffled),
+        "model": verdicts(judge, pack, questions, rows=rows),
+        "shuffled images": verdicts(judge, pack, questions, shuffled, rows),
         "blind": blind(shares, samples),
     }
     return {"questions": len(samples), **{name: by_kind(each, pack.kinds) for name, each in right.items()}}

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from kernels.attend import BACKENDS
 from lmmjax import checkpoint, engine
 from lmmjax.cache import cache_bytes
+from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
@@ -80,20 +81,28 @@ def read_config(path: Path) -> LlavaConfig:
 
 
 def load(path: Path, plan: Plan | None = None) -> Model:
-    """Returns the checkpoint's model, compressed by `plan` if there is one, else as the checkpoint says it is.
-
-    A plan that prunes is replayed on dense weights; weights that are pruned already must have the same drops.
+    """Returns the checkpoint's model, compressed by `plan` if there is one; see `compress`.
 
     Raises:
         InputError: the checkpoint or the plan cannot be used, or they contradict each other.
     """
-    stored = checkpoint.load(path)
+    return compress(checkpoint.load(path), plan)
+
+
+def compress(stored: Checkpoint, plan: Plan | None = None) -> Model:
+    """Returns a loaded checkpoint's model, compressed by `plan` if there is one, else as the checkpoint says it is.
+
+    A plan that prunes is replayed on dense weights; weights that are pruned already must have the same drops.
+
+    Raises:
+        InputError: the plan cannot be used on this checkpoint.
+    """
     if plan is None or plan == stored.plan:
         return Model(stored.config, stored.params, stored.plan)
     plan.check(stored.config.text)
     done = _drops(stored.plan) if stored.plan is not None and stored.plan.prunes else None
     if done is not None and done != _drops(plan):
-        raise InputError(f"--plan: {path} is pruned by another plan; give the dense checkpoint it came from")
+        raise InputError(f"--plan: {stored.path} is pruned by another plan; give the dense checkpoint it came from")
     if done is not None or not plan.prunes:
         return Model(stored.config, stored.params, plan)
     from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs

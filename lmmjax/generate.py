@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmmjax.errors import InputError, exit_code
+from lmmjax.machine import size
 
 if TYPE_CHECKING:
     from lmmjax.answer import Answer, Request
@@ -57,8 +58,8 @@ def summary(result: "Answer") -> str:
         f"prompt   {result.prompt_tokens} tokens: {vision}prefill {result.prefill_ms:.1f} ms",
         f"answer   {result.tokens} tokens ({result.stopped}){speed}",
         f"compile  {result.compile_ms:.0f} ms, not counted above; the programs are kept for the next run",
-        f"weights  {_size(result.weights_bytes)}",
-        f"cache    {_size(result.kv_bytes)} for {result.kv_capacity} tokens (dense: {_size(result.kv_dense_bytes)})",
+        f"weights  {size(result.weights_bytes)}",
+        f"cache    {size(result.kv_bytes)} for {result.kv_capacity} tokens (dense: {size(result.kv_dense_bytes)})",
         f"backend  of attention: {phases}; on {result.device}",
     ]
     return "\n".join(lines)
@@ -157,15 +158,6 @@ def _show(piece: str) -> None:
 
 def _ignore(piece: str) -> None:
     """Shows nothing: the text is part of the one line at the end."""
-
-
-def _size(count: float) -> str:
-    """Returns bytes with a unit that leaves few digits."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,15 @@ def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def size(count: float) -> str:
+    """Returns bytes with a unit that leaves few digits."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

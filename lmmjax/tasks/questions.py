@@ -95,12 +95,12 @@ def by_id(questions: Sequence[Question], truths: Mapping[Any, Any], where: objec
     return [truths[question.id] for question in questions]
 
 
-def read_object(file: Path, key: str) -> Any:
-    """Returns what stands under a key of a JSON file; raises InputError if there is nothing."""
+def read_object(file: Path, key: str | None = None) -> Any:
+    """Returns the object in a JSON file, or what stands under a key of it; raises InputError if there is nothing."""
     content = _json(file)
-    if not isinstance(content, dict) or key not in content:
-        raise InputError(f'{file}: got no object with "{key}" in it; is this the benchmark\'s annotation file?')
-    return content[key]
+    if not isinstance(content, dict) or key not in {None, *content}:
+        raise InputError(f"{file}: no object with {key or 'anything'} in it; is this the benchmark's annotation file?")
+    return content if key is None else content[key]
 
 
 def _question(where: str, row: Mapping[str, Any], index: int, folder: Path) -> Question:

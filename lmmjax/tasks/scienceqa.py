@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
-from lmmjax.tasks.questions import PLACEHOLDER, Question, by_id
+from lmmjax.tasks.questions import PLACEHOLDER, Question, by_id, read_object
 from lmmjax.tasks.sheet import Figures, Sheet, Sums, shares
 
 OPTIONS = "ABCDE"
@@ -23,7 +22,7 @@ def truths(questions: Sequence[Question], files: Sequence[Path]) -> list[Mapping
     """Returns each question's entry of problems.json: "choices", "answer" (an index) and perhaps "subject"."""
     if not files:
         raise InputError("--annotations: none given; expected ScienceQA's problems.json")
-    problems = {name: entry for file in files for name, entry in read_json(file).items()}
+    problems = {name: entry for file in files for name, entry in read_object(file).items()}
     found = by_id(questions, problems, ", ".join(map(str, files)))
     for question, entry in zip(questions, found, strict=True):
         if not isinstance(entry, dict) or not isinstance(entry.get("answer"), int) or not entry.get("choices"):

@@ -54,6 +54,11 @@ class TextConfig:
     eps: float = 1e-6
     tied: bool = False
 
+    @property
+    def prunable(self) -> int:
+        """The weights that pruning may zero: those of all layers' seven linears."""
+        return self.layers * sum(math.prod(self.linear_shape(name)) for name in LINEARS)
+
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Returns (in, out) of one of the seven linears."""
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -81,9 +81,9 @@ class Plan:
 
     def sparsity(self, text: TextConfig) -> float:
         """Returns the dropped share of the prunable weights, weighted by parameters."""
-        shapes = {name: text.linear_shape(name) for name in LINEARS}
-        dropped = sum(count * shapes[name][1] for layer in self.layers for name, count in layer.drop.items())
-        return dropped / (len(self.layers) * sum(n_in * n_out for n_in, n_out in shapes.values()))
+        outputs = {name: text.linear_shape(name)[1] for name in LINEARS}
+        dropped = sum(count * outputs[name] for layer in self.layers for name, count in layer.drop.items())
+        return dropped / text.prunable
 
     def check(self, text: TextConfig) -> "Plan":
         """Returns the plan itself if it fits a model of this shape; else raises InputError."""

@@ -106,7 +106,6 @@ def _headline(report: Report) -> str:
 
 def _notes(problem: Problem, report: Report) -> dict[str, str]:
     space = problem.space
-    prunable = int((space.weights.inputs * space.weights.outputs).sum())
     rows = {row["name"]: row for row in report["rows"]}
     best = min(trial["value"] for trial in report["history"])
     uniform = min((trial["value"] for trial in report["history"] if trial["uniform"]), default=best)
@@ -118,10 +117,11 @@ def _notes(problem: Problem, report: Report) -> dict[str, str]:
     counted = "all text tokens" if problem.settings.tokens == "text" else "the tokens of the answers"
     return {
         "comparison": (
-            f"Every pruned row keeps the same share of the {prunable:,} prunable weights (the seven linears of each"
-            " decoder layer), every quantized cache fits the same budget at the stated context, scales, zeros and"
-            f" exact tokens counted. Uniform rows have the same sparsity everywhere; {plain} has {widths}, the best"
-            f" uniform widths that fit, chosen on the search set like ours.{slack} KL is over {counted}."
+            f"Every pruned row keeps the same share of the {space.weights.text.prunable:,} prunable weights (the seven"
+            " linears of each decoder layer), every quantized cache fits the same budget at the stated context, scales,"
+            " zeros and exact tokens counted. Uniform rows have the same sparsity everywhere;"
+            f" {plain} has {widths}, the best uniform widths that fit, chosen on the search set like ours.{slack}"
+            f" KL is over {counted}."
             " 'Right' means that the greedy answer is the known one, to the end of the sequence; 95% intervals: Wilson"
             " for shares, bootstrap for KL."
         ),

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from lmmjax import checkpoint, runtime
 from lmmjax.checkpoint import read_json
-from lmmjax.config import from_hf
+from lmmjax.config import TextConfig, from_hf
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
 from search import output, problem, report, storage, study
 from search.problem import Problem
-from search.settings import Settings, default_out
+from search.settings import Settings, default_out, effort
 from search.space import Candidate
 
 JOURNAL = "study.journal"
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 after a finished search, whether new or of an earlier run, and 130 after one that Ctrl-C ended."""
     runtime.prepare()
     out = args.out or default_out(args.model, args.budget)
-    settings = read_settings(args)
+    args, settings = read_settings(args)
     asked = vars(settings) | {"report_samples": args.report_samples, "storage": _storage_name(args.storage)}
     with output.only_one(out):
         if output.is_finished(out, asked, args.trials):
@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
     return output.show(out) or (130 if interrupted else 0)
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
-    """Returns the settings with everything that was left open filled in from the model, and paths made absolute."""
+def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Settings]:
+    """Returns the arguments and the settings with all that was left open filled in from the model, paths absolute."""
     path = checkpoint.resolve(args.model)
     config = from_hf(read_json(path / "config.json"))
+    args = fill_in(args, config.text)
     settings = Settings(
         model=str(path.resolve()) if args.model else checkpoint.EMBEDDED.name,
         budget=args.budget,
@@ -57,10 +58,20 @@ def read_settings(args: argparse.Namespace) -> Settings:
     for name, least in (("trials", 1), ("report_samples", 1), ("batch", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {least}")
-    return settings
+    return args, settings
 
 
 _FILLED_IN = ("model", "budget", "kv_budget", "context", "data")
+
+
+def fill_in(args: argparse.Namespace, text: TextConfig) -> argparse.Namespace:
+    """Returns the arguments with the numbers that were left open as the model's size has them; says which on stderr."""
+    default = effort(text.prunable)._asdict()
+    left_open = {name: number for name, number in default.items() if getattr(args, name) is None}
+    if left_open:
+        said = ", ".join(f"--{name.replace('_', '-')} {number}" for name, number in left_open.items())
+        print(f"{text.prunable / 1e6:.1f} million prunable weights: {said}", file=sys.stderr)
+    return argparse.Namespace(**{**vars(args), **left_open})
 
 
 def best_candidate(trials: Sequence[FrozenTrial]) -> Candidate:

@@ -1,8 +1,9 @@
 """What decides where a search goes; a search is resumed only under the same settings."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
@@ -15,6 +16,28 @@ if TYPE_CHECKING:
 # The names alone, since the functions behind them take seconds to import: see search.objective and lmmjax.prune.
 OBJECTIVES = ("kl", "nll", "accuracy", "ppl")
 SCORES = ("magnitude", "wanda", "lognorm")
+
+
+class Effort(NamedTuple):
+    """How much a search does, in the numbers of the command line."""
+
+    trials: int
+    calibration_samples: int
+    search_samples: int
+    report_samples: int
+
+
+SMALL = Effort(trials=100, calibration_samples=128, search_samples=256, report_samples=1000)
+EFFORTS = {
+    20_000_000: SMALL,
+    200_000_000: Effort(trials=80, calibration_samples=64, search_samples=96, report_samples=400),
+    math.inf: Effort(trials=60, calibration_samples=32, search_samples=48, report_samples=200),
+}
+"""By the most prunable weights that it is for: what is done where the command leaves it open.
+
+A token costs two operations a weight, and nearly all tokens of a search are those of trials x search samples. The
+second effort keeps a search with 100 million weights under a quarter of an hour on two cores.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +55,9 @@ class Settings:
     score: str = "lognorm"
     group: int = 32
     window: int = 0
-    calibration_samples: int = 128
+    calibration_samples: int = SMALL.calibration_samples
     calibration_tokens: str = "all"
-    search_samples: int = 256
+    search_samples: int = SMALL.search_samples
     seed: int = 0
 
     def __post_init__(self):
@@ -72,6 +95,11 @@ class Settings:
         if not space.distributions:
             raise InputError("--budget, --kv-budget, --box: nothing is left to choose; give a budget below 1")
         return space
+
+
+def effort(weights: int) -> Effort:
+    """Returns what a search does by default to a model with so many prunable weights."""
+    return next(effort for most, effort in EFFORTS.items() if weights <= most)
 
 
 def default_out(model: str | None, budget: float) -> Path:

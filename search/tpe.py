@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmmjax.errors import exit_code
-from search.settings import OBJECTIVES, SCORES, Settings
+from search.settings import EFFORTS, OBJECTIVES, SCORES, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,14 +30,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m search.tpe", description=(__doc__ or "").split("\n", 2)[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m search.tpe",
+        description=(__doc__ or "").split("\n", 2)[2],
+        epilog=efforts(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     default = Settings("", 0.5, 0.5, 1)
     add = parser.add_argument
     add("--budget", type=float, required=True, metavar="B", help="share of the prunable weights to keep, exactly")
     add("--kv-budget", type=float, metavar="F", help="share of the dense KV cache's bytes to use at most (default: B)")
     add("--model", metavar="DIR", help="dense lmmjax checkpoint (default: the embedded model, tiny)")
     add("--data", default=default.data, metavar="SPEC", help="easy-vqa, or a JSONL file of questions about images")
-    add("--trials", type=int, default=100, metavar="N", help="finished trials to end with (default: %(default)s)")
+    add("--trials", type=int, metavar="N", help="finished trials to end with (default: see below)")
     add("--blocks", default=default.blocks, metavar="N|layer|linear", help="which linears share a sparsity")
     add("--box", type=float, default=default.box, help="how far a wished sparsity may lie from uniform")
     add("--objective", default=default.objective, choices=OBJECTIVES, help="what is made small (accuracy: its lack)")
@@ -45,15 +50,26 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help="tokens at which the cache is measured (default: the model's context)")
     add("--group", type=int, default=default.group, metavar="N", help="tokens or channels that share a scale")
     add("--window", type=int, default=default.window, metavar="N", help="latest tokens kept exact")
-    add("--calibration-samples", type=int, default=default.calibration_samples, metavar="N")
+    add("--calibration-samples", type=int, metavar="N", help="questions that the scores' statistics are taken on")
     add("--calibration-tokens", default=default.calibration_tokens, choices=("all", "text"))
-    add("--search-samples", type=int, default=default.search_samples, metavar="N")
-    add("--report-samples", type=int, default=1000, metavar="N")
+    add("--search-samples", type=int, metavar="N", help="questions that every trial is judged by")
+    add("--report-samples", type=int, metavar="N", help="questions that the end result is compared on")
     add("--batch", type=int, default=16, metavar="N", help="samples evaluated at once (default: %(default)s)")
     add("--storage", metavar="PATH|URL", help="Optuna's journal or database (default: OUT/study.journal)")
     add("--seed", type=int, default=default.seed)
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/<model>-<budget>)")
     return parser
+
+
+def efforts() -> str:
+    """Returns what the numbers of trials and samples are when they are left open, as a table."""
+    names = ("trials", "calibration-samples", "search-samples", "report-samples")
+    lines = ["trials and samples that are left open follow the model's prunable weights:", ""]
+    lines.append(f"{'weights':>16}" + "".join(f"{'--' + name:>23}" for name in names))
+    for most, effort in EFFORTS.items():
+        size = f"up to {most / 1e6:.0f} M" if most < float("inf") else "more"
+        lines.append(f"{size:>16}" + "".join(f"{number:>23}" for number in effort))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import CONFIG, encoded
 
-from lmmjax import calibrate, llava, prune
+from lmmjax import calibrate, likelihood, llava, prune
 from lmmjax.cache import empty_cache
 from lmmjax.plan import CacheFormat
 from search import objective
@@ -44,11 +44,13 @@ def candidates(space: Space, count: int):
 
 
 def test_five_plans_take_one_trace(params, ranks, space, monkeypatch):
-    traces = []
-    monkeypatch.setattr(objective, "masked", lambda *args: traces.append(1) or prune.masked(*args))
+    traces, log_probs = [], likelihood.log_probs
+    monkeypatch.setattr(likelihood, "log_probs", lambda *args: traces.append(1) or log_probs(*args))
     evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(10), batch=3)  # a shape of this test's own
+    pruners = objective._masked._cache_size()
     results = [evaluator(candidate) for candidate in candidates(space, 5)]
     assert len(traces) == 1
+    assert objective._masked._cache_size() == pruners
     assert len({result.kl for result in results}) == 5
 
 

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ import pytest
 from lmmjax import checkpoint as checkpoints
 from lmmjax import prune
 from lmmjax.checkpoint import load
-from lmmjax.config import LINEARS
+from lmmjax.config import LINEARS, TextConfig
 from lmmjax.data import Sample
 from lmmjax.plan import Plan
 from search import objective, output, problem, report, session, settings, storage, tpe
@@ -196,7 +197,7 @@ def test_a_plan_that_breaks_the_model_is_the_worst_trial_and_not_the_end(checkpo
 
 def read(checkpoint: Path | None, *more: str):
     chosen = ["--model", str(checkpoint)] if checkpoint else []
-    return session.read_settings(tpe.parser().parse_args(["--budget", "0.5", *chosen, *more]))
+    return session.read_settings(tpe.parser().parse_args(["--budget", "0.5", *chosen, *more]))[1]
 
 
 def test_a_relative_data_file_is_remembered_by_its_whole_path(checkpoint, tmp_path, monkeypatch):
@@ -234,6 +235,28 @@ def test_the_fingerprint_sees_a_change_anywhere_in_a_tensor(checkpoint):
     column[:, 5] = 0
     assert len({fingerprint(each) for each in (kernel, changed, column, kernel.reshape(96, 64))}) == 4
     assert fingerprint(kernel) == fingerprint(kernel.copy())
+
+
+def test_what_is_left_open_follows_the_size_of_the_model_and_is_said(checkpoint, monkeypatch, capsys):
+    chosen = tpe.parser().parse_args(
+        ["--budget", "0.5", "--model", str(checkpoint), "--group", "8", "--search-samples", "7"]
+    )
+    args, small = session.read_settings(chosen)
+    assert (args.trials, small.calibration_samples, small.search_samples, args.report_samples) == (100, 128, 7, 1000)
+    assert "--trials 100, --calibration-samples 128, --report-samples 1000" in capsys.readouterr().err
+    monkeypatch.setattr(TextConfig, "prunable", 106_000_000)
+    args, large = session.read_settings(chosen)
+    effort = settings.effort(106_000_000)
+    assert (args.trials, large.calibration_samples, args.report_samples) == (effort.trials, *effort[1::2])
+    assert large.search_samples == 7
+
+
+def test_the_help_states_the_rule(capsys):
+    with pytest.raises(SystemExit):
+        tpe.main(["--help"])
+    shown = capsys.readouterr().out
+    for effort in settings.EFFORTS.values():
+        assert re.search(r"\s+".join(map(str, effort)), shown)
 
 
 def test_help_and_mistyped_flags_import_nothing_heavy():

@@ -1,15 +1,15 @@
 """Questions about images: where they come from, how they are split, and how they become arrays."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lmmjax.errors import InputError, is_unicode
+from lmmjax.files import read_jsonl
 
 if TYPE_CHECKING:
     from lmmjax.prompt import Processor
@@ -140,26 +140,13 @@ def _kind(answer: str) -> str:
 def _jsonl(path: Path) -> list[Sample]:
     if not path.is_file():
         raise InputError(f"data is {str(path)!r}; expected {EASY_VQA!r} or a JSONL file that exists")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); expected one JSON object a line") from None
-    samples = [_sample(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not samples:
-        raise InputError(f"{path}: no samples in it; expected one JSON object a line")
-    return samples
+    return [_sample(path.parent, where, row) for where, row in read_jsonl(path)]
 
 
-def _sample(path: Path, number: int, line: str) -> Sample:
+def _sample(folder: Path, where: str, row: dict[str, Any]) -> Sample:
     def wrong(what: str) -> InputError:
-        return InputError(f'{path}, line {number}: {what}; expected {{"image": ..., "question": ..., "answer": ...}}')
+        return InputError(f'{where}: {what}; expected {{"image": ..., "question": ..., "answer": ...}}')
 
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise wrong(f"no JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise wrong("no JSON object")
     values = {
         "image": row.get("image"),
         "question": row.get("question", row.get("text")),
@@ -171,7 +158,7 @@ def _sample(path: Path, number: int, line: str) -> Sample:
             raise wrong(f"{name} is {value!r}")
         if not is_unicode(value):
             raise wrong(f"{name} holds half a character ({value!r})")
-    image = path.parent / values["image"]
+    image = folder / values["image"]
     if not image.is_file():
         raise wrong(f"image {str(image)!r} does not exist")
     return Sample(image, values["question"], values["answer"], values["kind"])

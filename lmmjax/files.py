@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: no JSON ({error.msg}); expected one object a line") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where}: got a {type(row).__name__}, expected a JSON object")
+            raise InputError(f"{where}: no JSON object ({type(row).__name__}); expected one a line")
         rows.append((where, row))
     if not rows:
         raise InputError(f"{path}: nothing in it; expected one JSON object a line")

@@ -66,7 +66,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path, row, complaint):
 def test_a_missing_an_empty_and_a_binary_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="expected 'easy-vqa' or a JSONL file that exists"):
         load(str(tmp_path / "no.jsonl"), "train")
-    with pytest.raises(InputError, match="no samples in it"):
+    with pytest.raises(InputError, match="nothing in it"):
         load(str(write_lines(tmp_path)), "train")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):

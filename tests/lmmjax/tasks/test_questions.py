@@ -47,7 +47,7 @@ BAD = {
     "'d.png' is not in": '{"image": "d.png", "text": "?"}',
     '"text" is None': '{"image": null}',
     "line 2: no JSON": '{"image": null, "text": "?"}\n{',
-    "got a list": "[]",
+    "no JSON object (list)": "[]",
     "nothing in it": "\n",
     '"category" 3': '{"image": null, "text": "?", "category": 3}',
 }

@@ -13,13 +13,14 @@ from examples.vqa.packing import Pack
 from lmmjax.data import KINDS
 from lmmjax.prompt import Processor
 
-OPEN = 0.1
-"""Weight of a yes/no question while the model learns to name what it sees: guessing answers most of them."""
+RARE = 0.1
+"""Weight of the questions that a stage is not about: yes/no questions while the model learns to name what it sees,
+for guessing answers most of them; open questions, once it can, while it learns to compare that with a question."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """So many steps on so many images, each with so many questions."""
+    """So many steps on so many images, each with so many questions; the name says of which kind."""
 
     name: str
     steps: int
@@ -41,28 +42,26 @@ class Batches:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage(self, step: int) -> tuple[Stage, float]:
-        """Returns the stage that a step belongs to, and how much of it is done."""
+    def stage(self, step: int) -> Stage:
+        """Returns the stage that a step belongs to."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage, step / stage.steps
+                return stage
             step -= stage.steps
         raise IndexError(f"step {step} behind the last stage")
 
     def __call__(self, step: int) -> tuple[Rows, Int[np.ndarray, "1 t"]]:
         rng = np.random.default_rng((self.seed, step))
-        stage, done = self.stage(step)
+        stage = self.stage(step)
         images = rng.choice(len(self.data.shown), stage.rows, replace=False)
-        chosen = self.data.draw(rng, images, stage.questions, self._weights(stage, done))
+        chosen = self.data.draw(rng, images, stage.questions, self._weights(stage))
         start = rng.integers(len(self.text) - self.window)
         return rows(self.data, images, chosen), self.text[None, start : start + self.window]
 
-    def _weights(self, stage: Stage, done: float) -> Float[np.ndarray, "n"]:
-        """Surprising answers first; at the end all questions alike, as they will be asked."""
-        surprise = self.data.surprise
-        if stage.name != "answer":
-            return np.where(self.data.kinds == KINDS.index("yes/no"), OPEN * surprise, surprise)
-        return surprise if done < 0.5 else np.ones_like(surprise)
+    def _weights(self, stage: Stage) -> Float[np.ndarray, "n"]:
+        """Returns how often each question is drawn, by what a stage is about."""
+        is_yes_no = self.data.kinds == KINDS.index("yes/no")
+        return np.where(is_yes_no == (stage.name == "match"), 1.0, RARE) * self.data.surprise
 
 
 def rows(data: Pack, images: Int[np.ndarray, "r"], chosen: Int[np.ndarray, "r q"]) -> Rows:

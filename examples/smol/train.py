@@ -29,7 +29,10 @@ LINE = 10
 HELD_OUT = 40
 """Training images kept from training, to watch it by."""
 QUESTIONS = 6
-"""Questions in a sequence that is judged, and in those of the last stage."""
+"""Questions in a sequence that is judged."""
+ROWS = {"align": (16, 3), "name": (16, 3), "match": (8, 6)}
+"""By stage, images a step and questions an image: few questions are open."""
+STAGES = tuple(ROWS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--texts", type=Path, help="plain text files below train/ and report/ (default: downloaded)")
     parser.add_argument("--parts", type=Path, help="where downloads are kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(60, 200, 160), metavar=("ALIGN", "NAME", "ANSWER"))
+    parser.add_argument("--steps", type=int, nargs=3, default=(60, 200, 240), metavar=STAGES)
     parser.add_argument("--projector-rate", type=float, default=2e-3)
     parser.add_argument("--adapter-rate", type=float, default=1e-3)
     parser.add_argument("--window", type=int, default=128, help="tokens of plain text a step")
@@ -55,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     model = checkpoint.load(base)
     processor = Processor.load(model.path, model.config)
     data, check, scaling = training_data(args, model, processor)
-    align, name, answer = args.steps
-    stages = (Stage("align", align, 16, 3), Stage("name", name, 16, 3), Stage("answer", answer, 8, QUESTIONS))
+    stages = [Stage(name, steps, *ROWS[name]) for name, steps in zip(STAGES, args.steps, strict=True)]
     source = Batches(data, batches.read_text(processor, learned), args.window, stages, args.seed)
     trained = train(args, model, source, check).params
     size = learning.root_mean_square(model.params["text"]["embedding"])
@@ -114,7 +116,7 @@ def train(args: argparse.Namespace, model: Checkpoint, source: Batches, check: P
     judging = report.judge(model, frozen, check, QUESTIONS)
     bar = tqdm(range(first, source.steps), initial=first, total=source.steps, unit="step", file=sys.stderr)
     for index in bar:
-        stage, _ = source.stage(index)
+        stage = source.stage(index)
         state, loss = steps[stage.name](state, frozen, *source(index))
         log.losses.append(float(loss))
         bar.set_postfix(stage=stage.name, loss=f"{log.losses[-1]:.3f}")

@@ -121,12 +121,16 @@ def _check(args: argparse.Namespace) -> None:
         ("--limit", args.limit, 1),
         ("--batch", args.batch, 1),
         ("--max-tokens", args.max_tokens, 1),
+        ("--context", args.context, 2),
+        ("--stride", args.stride, 1),
         ("--seed", args.seed, 0),
     ):
         if got is not None and got < least:
             raise InputError(f"{flag}: got {got}, expected at least {least}")
     if EASY_VQA in args.task and len(args.task) > 1:
         raise InputError(f"--task: got {EASY_VQA} and files; expected one or the other")
+    if args.scorer and not args.task:
+        raise InputError("--scorer: given without --task; perplexity needs none")
     args.scorer = args.scorer or ("exact" if args.task == [EASY_VQA] else None)
     if args.annotations and not args.scorer:
         raise InputError(f"--annotations: given without --scorer; expected one of {', '.join(SCORERS)}")

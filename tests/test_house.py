@@ -91,7 +91,13 @@ def test_the_readme_names_only_files_that_exist():
 
 @pytest.mark.parametrize(
     "command",
-    ["lmmjax.generate --prompt hello", "convert.hf SRC DST", "convert.export DST OUT", "search.tpe --budget 0.5"],
+    [
+        "lmmjax.generate --prompt hello",
+        "lmmjax.evaluate --task easy-vqa --out OUT",
+        "convert.hf SRC DST",
+        "convert.export DST OUT",
+        "search.tpe --budget 0.5",
+    ],
 )
 def test_another_distribution_named_kernels_is_said_in_one_line(command, tmp_path):
     """Hugging Face's package comes first on the path here, so that ours cannot even be imported."""

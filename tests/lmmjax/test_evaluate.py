@@ -156,6 +156,8 @@ def test_controls_show_other_images_or_none(command, place: Path, tmp_path: Path
 BAD = {
     "--task, --text: got neither": ("--out", "x"),
     "--limit: got 0": ("--task", "easy-vqa", "--limit", "0", "--out", "x"),
+    "--stride: got 0": ("--text", "f.txt", "--stride", "0", "--out", "x"),
+    "--scorer: given without --task": ("--text", "f.txt", "--scorer", "exact", "--out", "x"),
     "easy-vqa and files": ("--task", "easy-vqa", "f.jsonl", "--out", "x"),
     "--annotations: given without --scorer": ("--task", "f.jsonl", "--annotations", "a", "--out", "x"),
     "f.jsonl: cannot be read": ("--task", "f.jsonl", "--out", "x"),

@@ -79,7 +79,7 @@ def _measure(settings: Settings, model: Checkpoint, args: argparse.Namespace) ->
         on_search = chosen.measure(chosen.evaluator(contender.candidate, contender.ranks))
         yield {**case, "method": contender.name, "value": on_search, **_quality(result, None)}
     for name in SEARCHERS:
-        best, facts = _search(chosen, name, args.trials)
+        best, facts = search(chosen, SEARCHERS[name], args.trials)
         yield {**case, "method": name, **facts, **_quality(judge(best), uniform["uniform wanda"])}
 
 
@@ -93,7 +93,8 @@ def _uniform(chosen: Problem) -> Iterator[comparison.Contender]:
             yield contender
 
 
-def _search(chosen: Problem, searcher: str, trials: int) -> tuple[Candidate, dict[str, Any]]:
+def search(chosen: Problem, propose: study.Proposal, trials: int) -> tuple[Candidate, dict[str, Any]]:
+    """Returns the best candidate of a search that is kept nowhere, and how it went."""
     record = study.Record(optuna.storages.InMemoryStorage(), {})
     starts = [chosen.space.encode(candidate) for candidate in chosen.space.uniform()]
     began = time.monotonic()
@@ -103,7 +104,7 @@ def _search(chosen: Problem, searcher: str, trials: int) -> tuple[Candidate, dic
         chosen.outcome,
         trials=trials,
         starts=starts,
-        propose=SEARCHERS[searcher],
+        propose=propose,
         seed=chosen.settings.seed,
     )
     values = [study.value(trial) for trial in proposals]

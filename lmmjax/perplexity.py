@@ -103,9 +103,20 @@ def score(
     """
     if context > config.text.context:
         raise InputError(f"--context: got {context}, expected at most the model's {config.text.context}")
-    width = -(-context // CHUNK) * CHUNK if context > CHUNK else context
-    cache = engine.new_cache(config, params, plan, batch, width)
-    nothing = Window(0, [0], 1)
+    width = padded(context)
+    yield from score_in(config, params, engine.new_cache(config, params, plan, batch, width), parts, width)
+
+
+def padded(context: int) -> int:
+    """Returns the tokens that windows of up to `context` are padded to: whole chunks, if more than one."""
+    return -(-context // CHUNK) * CHUNK if context > CHUNK else context
+
+
+def score_in(
+    config: LlavaConfig, params: Params, cache: Cache, parts: Sequence[Window], width: int
+) -> Iterator[Result]:
+    """Yields what `score` does through any empty cache, whose rows are the batch; `width` is from `padded`."""
+    batch, nothing = cache.lengths.shape[0], Window(0, [0], 1)
     for start in range(0, len(parts), batch):
         real = parts[start : start + batch]
         rows = [*real, *[nothing] * (batch - len(real))]

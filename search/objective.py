@@ -66,12 +66,13 @@ class Evaluator:
     def _predictions(self, candidate: Candidate, ranks: Ranks) -> Iterator[LogProbs]:
         """Yields batch by batch: those of a whole set, a number a word of the vocabulary, are held once only."""
         drops, *bits = (np.asarray(array, np.int32) for array in candidate)
-        params = _masked(self._params, ranks, drops)
+        params = pruned(self._params, ranks, drops)
         for batch in self._batches:
             yield _predict(self._config, self._form, params, *bits, batch)
 
 
-_masked = jax.jit(masked)
+pruned = jax.jit(masked)
+"""`prune.masked` as a program: (params, ranks, drops (l, 7)) -> params with the zeros in place."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form"))

@@ -56,9 +56,18 @@ def prune(
     return params | {"text": params["text"] | layers}
 
 
-def rank_model(config: LlavaConfig, params: Params, stats: Sequence[LayerStatistics], score: str) -> Ranks:
-    """Returns every prunable weight's rank within its output: computed once, it serves every plan."""
-    ranked = jax.jit(lambda weight, x_sq: rank(_score(score)(weight, x_sq)))
+def rank_model(
+    config: LlavaConfig,
+    params: Params,
+    stats: Sequence[LayerStatistics],
+    score: str,
+    order: Callable[[Float[Array, "in out"]], Int[Array, "in out"]] = rank,
+) -> Ranks:
+    """Returns every prunable weight's rank within its output: computed once, it serves every plan.
+
+    `order` makes ranks of scores; another than `rank` may bring a pattern into them.
+    """
+    ranked = jax.jit(lambda weight, x_sq: order(_score(score)(weight, x_sq)))
     return tuple(
         {name: ranked(_linear(params["text"][f"layers_{i}"], name), layer[name]) for name in LINEARS}
         for i, layer in enumerate(stats)

@@ -47,10 +47,10 @@ def test_five_plans_take_one_trace(params, ranks, space, monkeypatch):
     traces, log_probs = [], likelihood.log_probs
     monkeypatch.setattr(likelihood, "log_probs", lambda *args: traces.append(1) or log_probs(*args))
     evaluator = Evaluator(CONFIG, params, ranks, FORM, encoded(10), batch=3)  # a shape of this test's own
-    pruners = objective._masked._cache_size()
+    pruners = objective.pruned._cache_size()
     results = [evaluator(candidate) for candidate in candidates(space, 5)]
     assert len(traces) == 1
-    assert objective._masked._cache_size() == pruners
+    assert objective.pruned._cache_size() == pruners
     assert len({result.kl for result in results}) == 5
 
 

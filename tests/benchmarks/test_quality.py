@@ -1,0 +1,62 @@
+"""The quality benchmark: every cell is what it says, a run goes on where it stopped, and text is judged too."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import machine, quality
+from benchmarks.contest import Cell, cells, uniform_bytes
+from lmmjax.cache import cache_bytes
+from lmmjax.checkpoint import load
+from lmmjax.plan import CacheFormat, uniform
+from search.cache_budget import CacheBudget
+
+SMALL = "--samples 6 --search-samples 4 --calibration-samples 4 --trials 2 --batch 2 --seeds 1 --name test".split()
+
+
+def test_seed_0_comes_first_and_what_has_no_choice_is_not_searched():
+    found = cells(["0.5", "2:4"], [4, 3, 2], seeds=2)
+    assert len(found) == len(set(found)) == 1 + (2 + 3 + 1) + 2 * (4 + 1 + 2)
+    assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)
+    searched = {(cell.axis, cell.level) for cell in found if cell.method == "searched"}
+    assert searched == {("weights", "0.5"), ("cache", "4"), ("cache", "3")}
+    assert [cell for cell in found if cell.method == "wider keys"] == [Cell("cache", "3", "wider keys", 0)]
+
+
+def test_the_bytes_of_a_width_between_two_packed_ones_lie_between_theirs(checkpoint):
+    text = load(checkpoint).config.text
+    cache = CacheBudget(text, 1.0, text.context, CacheFormat())
+    for bits in (2, 4, 8):
+        assert uniform_bytes(cache, bits) == cache_bytes(text, uniform(text, bits=bits), 1, text.context)
+    split = cache.nbytes(np.full(text.layers, 8), np.full(text.layers, 4))
+    assert uniform_bytes(cache, 6) == split
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    return tmp_path / "quality-test.json"
+
+
+def test_cells_are_what_they_say_and_a_run_goes_on_where_it_stopped(checkpoint, results, tmp_path, capsys):
+    text = tmp_path / "speech.txt"
+    text.write_text("Four score and seven years ago " * 8)
+    given = ["--model", str(checkpoint), *SMALL, "--text", str(text), "--context", "32", "--stride", "32"]
+    assert quality.main([*given, "--sparsity", "0.5", "--bits", "2"]) == 0
+    first = json.loads(results.read_text())
+    assert quality.main([*given, "--sparsity", "0.5", "2:4", "--bits", "2", "3"]) == 0
+    found = json.loads(results.read_text())
+    assert found["cells"][: len(first["cells"])] == first["cells"]
+    rows = {(row["level"], row["method"]): row for row in found["cells"]}
+    assert len(rows) == len(found["cells"]) == len(cells(["0.5", "2:4"], [2, 3], 1))
+    assert rows["", "dense"]["kl"] == 0
+    assert all(row["kl"] > 0 for key, row in rows.items() if key[1] != "dense")
+    assert all(np.isfinite(row["ppl"]) for row in rows.values())
+    assert rows["0.5", "searched"]["kept"] == pytest.approx(rows["0.5", "wanda"]["kept"], abs=0.01)
+    assert rows["0.5", "wanda"]["kl"] != rows["2:4", "wanda"]["kl"]
+    assert rows["3", "searched"]["kv_bytes"] <= rows["3", "uniform"]["kv_bytes"]
+    assert rows["2", "uniform"]["kv_bytes"] < rows["3", "uniform"]["kv_bytes"]
+    assert quality.main([*given, "--context", "16", "--stride", "16"]) == 2
+    assert "holds figures of other settings" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--windows", type=int, default=8, help="windows of text judged by (default: %(default)s)")
     add("--context", type=int, default=512, help="tokens a window (default: %(default)s)")
     add("--stride", type=int, default=512, help="tokens from one window to the next (default: %(default)s)")
-    add("--trials", type=int, default=30, help="of a search (default: %(default)s)")
+    add("--trials", type=int, default=28, help="of a search (default: %(default)s)")
     add("--calibration-samples", type=int, default=64, help="default: %(default)s")
     add("--search-samples", type=int, default=32, help="questions that a trial is judged by (default: %(default)s)")
     add("--batch", type=int, default=16)

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader,
 
 from convert.names import Shape
 from convert.source import Source
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -109,6 +109,9 @@ class Gguf(Source):
             "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
         self._require_handled(given, settings)
+        tokens = len(self.metadata.get("tokenizer.ggml.tokens") or ())
+        if tokens > settings["vocab_size"]:
+            raise InputError(f"{self.file}: {tokens} tokens, but {settings['vocab_size']} embeddings; get it anew")
         return settings
 
     def _require_handled(self, rest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -145,8 +148,7 @@ def _opened(file: Path) -> GGUFReader:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except Exception as error:  # the reader checks little: a file cut short ends in any of NumPy's errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} cannot be read as GGUF ({reason}); download it again") from error
+        raise InputError(f"{file} cannot be read as GGUF ({first_line(error)}); download it again") from error
     if reader.endianess is not GGUFEndian.LITTLE:
         raise InputError(f"{file} is big-endian; expected a little-endian GGUF file")
     return reader

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 
 _CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -50,12 +50,12 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     roles = {new: _token(given, old) for old, new in _ROLES.items()}
     try:
         tokenizer = _byte_level(given) if kind == "gpt2" else _sentencepiece(given, roles["unk"])
+        _add_special(tokenizer, given)
+        _add_ends(tokenizer, given, roles, default_bos=kind == "llama")
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"GGUF: its tokenizer contradicts itself ({error})") from error
-    _add_special(tokenizer, given)
-    _add_ends(tokenizer, given, roles, default_bos=kind == "llama")
+        raise InputError(f"GGUF: its tokenizer contradicts itself ({first_line(error)})") from error
     tokenizer.save(str(directory / "tokenizer.json"))
     named = {f"{role}_token": token for role, token in roles.items() if token is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
@@ -133,7 +133,7 @@ def _derived_merges(tokens: Sequence[str], scores: Sequence[float] | None) -> li
 def _add_special(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:
     """Makes control tokens special and keeps the ones that users defined whole."""
     kinds = given.get("token_type") or [0] * len(given["tokens"])
-    for token, kind in zip(given["tokens"], kinds, strict=False):
+    for token, kind in zip(given["tokens"], kinds, strict=True):
         if kind in (_CONTROL, _UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == _USER_DEFINED:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from convert import DTYPES
 from lmmjax import files
-from lmmjax.errors import InputError, exit_code
+from lmmjax.errors import InputError, exit_code, first_line
 
 if TYPE_CHECKING:
     from convert.material import Material
@@ -52,7 +52,7 @@ def locate(source: str, revision: str | None = None, argument: str = "SRC") -> P
             snapshot_download(source, revision=revision, allow_patterns=["*.bin"])
         return path
     except Exception as error:  # offline, unknown, gated: the hub's client has a class for each
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
             f"{argument}: {source} is no directory here and cannot be had from the hub ({reason})"
         ) from error

@@ -98,6 +98,9 @@ def _read_settings(file: Path) -> dict[str, Any]:
 def _pairs(adapter: Source, source: Source) -> dict[str, _Pair]:
     """Returns {the source's name: the factors of its update}."""
     factors = {_target(name): name for name in adapter.tensors}
+    if len(factors) != len(adapter.tensors):
+        twice = sorted(set(adapter.tensors) - set(factors.values()))
+        raise InputError(f"--lora: {', '.join(twice[:5])}: a second factor of its weight; expected one of each")
     known = {canonical(name): name for name in source.tensors}
     targets = sorted({target for target, _ in factors})
     problems = [f"{target} has no weight in the model" for target in targets if target not in known]

@@ -15,7 +15,7 @@ from convert.fit import assign, checked
 from convert.names import EMBEDDING, LM_HEAD, slots
 from convert.source import Source
 from lmmjax import checkpoint
-from lmmjax.config import from_hf
+from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
 
 
@@ -56,7 +56,7 @@ def store_hf(material: Material, target: Path, dtype: str | None = None) -> None
     writing.write(target, json.loads(material.config), material.carried, leaves, read)
 
 
-def _matched(material: Material):
+def _matched(material: Material) -> tuple[LlavaConfig, dict[str, str]]:
     """Returns the config, and which of the source's tensors is which weight."""
     config = from_hf(json.loads(material.config))
     names = assign(config, material.weights.tensors)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert.names import Shape
 from lmmjax.checkpoint import read_json
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -160,7 +160,7 @@ def _torch_load(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch's own, on storages
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:150]
+        reason = first_line(error)[:150]
         raise InputError(f"{file} cannot be read safely ({reason}); download it again or get safetensors") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()

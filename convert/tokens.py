@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lmmjax.checkpoint import read_json
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 
 IMAGE_TOKEN = "<image>"
 _NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -103,13 +103,13 @@ def _tokenizer(source: Path) -> Any:
         try:
             return Tokenizer.from_file(str(source / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
-            raise InputError(f"{source / 'tokenizer.json'}: cannot be read ({error})") from error
+            raise InputError(f"{source / 'tokenizer.json'}: cannot be read ({first_line(error)})") from error
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True).backend_tokenizer
     except Exception as error:  # from a missing library to a file that is no tokenizer
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{source}: cannot read its tokenizer ({reason}); pip install sentencepiece, or add tokenizer.json"
         ) from error

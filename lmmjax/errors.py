@@ -11,6 +11,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one complete line."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what another library's exception says; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_unicode(text: str) -> bool:
     """Returns whether a string is text: JSON and argv can hold lone surrogates, which no tokenizer takes."""
     return text.encode(errors="ignore").decode() == text

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 from lmmjax.llava import Params
 
 _PART_BYTES = 64 * 2**20
@@ -119,5 +119,6 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax checks with assertions, too, and each of its readers raises its own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{path}: the weights cannot be read ({reason}); convert them again") from error
+        raise InputError(
+            f"{path}: the weights cannot be read ({first_line(error)[:200]}); convert them again"
+        ) from error

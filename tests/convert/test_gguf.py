@@ -127,7 +127,8 @@ def test_smollm_splits_digits_off_before_anything_else(tmp_path: Path):
     """As SmolLM's own tokenizer does. transformers takes GPT-2's splitting, which cuts the spaces before a number."""
     metadata = Gguf(write_gguf(tmp_path / "a.gguf")).metadata
     metadata["tokenizer.ggml.merges"] = ["Ġ Ġ"]
-    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], *(["ĠĠ"])]
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "ĠĠ"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
     write_tokenizer(metadata, tmp_path)
     ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a  12").tokens
     assert ids == ["a", "ĠĠ", "1", "2"]
@@ -167,6 +168,7 @@ WRONG = np.zeros((64, 64), np.float32)
         ({"metadata": {"llama.attention.head_count_kv": [2, 1]}}, "num_key_value_heads = [2, 1] is not handled"),
         ({"metadata": {"llama.block_count": None}}, "no llama.block_count in its metadata"),
         ({"metadata": {"split.count": 3}}, "is one of 3 parts; expected one file"),
+        ({"tensors": {"token_embd.weight": WRONG}}, "319 tokens, but 64 embeddings"),
         ({"tensors": {"rope_freqs.weight": WRONG[0]}}, "rope_freqs.weight has no place in a plain Llama; scaled"),
         ({"tensors": {"blk.0.attn_q.bias": WRONG[0]}}, "blk.0.attn_q.bias has no place in a plain Llama"),
         ({"tensors": {"blk.0.attn_q.weight": WRONG.astype(np.int8)}, "raw_kinds": {"blk.0.attn_q.weight": Kind.I8}},
@@ -205,6 +207,7 @@ def test_a_file_cut_short(keep: float, tmp_path: Path):
         ({"metadata": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model is 'bert'"),
         ({"metadata": {"tokenizer.ggml.eos_token_id": 9999}}, "eos_token_id is 9999; there are 319 tokens"),
         ({"metadata": {"tokenizer.ggml.merges": ["a zebra"]}}, "its tokenizer contradicts itself"),
+        ({"metadata": {"tokenizer.ggml.token_type": [1]}}, "its tokenizer contradicts itself"),
         ({"metadata": {"tokenizer.ggml.merges": ["a"]}}, "merges is absent, or holds other things"),
         ({"vocabulary": "llama", "metadata": {"tokenizer.ggml.scores": [1.0]}}, "scores is absent or of another"),
     ],

@@ -125,6 +125,7 @@ def test_factors_that_do_not_fit(factors, message: str, tmp_path: Path):
     [
         ({f"base_model.model.{Q}.lora_B.weight": None}, "q_proj.weight has no lora_B"),
         ({"base_model.model.lm_head.weight": A}, "base_model.model.lm_head.weight is not handled"),
+        ({f"{Q}.lora_A.weight": A}, f"{Q}.lora_A.weight: a second factor of its weight"),
         ({f"base_model.model.{Q}.lora_magnitude_vector": A}, "lora_magnitude_vector is not handled"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": A}, "lora_embedding_A is not handled"),
     ],

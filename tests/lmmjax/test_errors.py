@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lmmjax.errors import is_unicode
+import pytest
+
+from lmmjax.errors import first_line, is_unicode
 
 ROOT = Path(__file__).parents[2]
 PRINTS = """
@@ -29,3 +31,10 @@ def test_a_closed_pipe_is_a_quiet_end():
 def test_a_lone_surrogate_is_no_text():
     assert is_unicode("漢 \N{GRINNING FACE} \0")
     assert not is_unicode("a\ud800")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(OSError("\n a\nb"), "a"), (AssertionError(), "AssertionError"), (KeyError("x"), "'x'")]
+)
+def test_the_first_line_of_an_exception(error: Exception, line: str):
+    assert first_line(error) == line

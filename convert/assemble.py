@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from lmmjax import files
 from lmmjax.errors import InputError, exit_code
 
 if TYPE_CHECKING:
+    from convert.material import Material
     from convert.parts import Decoder
     from convert.tower import Tower
 
@@ -34,13 +36,14 @@ def assemble(
 ) -> None:
     """Writes a LLaVA of separate parts as the lmmjax checkpoint `target`, as the Hugging Face one `hf`, or both.
 
-    vision: a CLIP directory, whole or its vision model alone. text: a Llama directory, a .gguf file, or an
-    original LLaVA directory, which holds its projector. projector: a .safetensors or .bin file, LLaVA's names
-    or the original's. random_projector: the seed of one to be trained, in its place. lora: a PEFT adapter's
-    directory or file. dtype: of all weights; by default each keeps its own, what was quantized being float32.
-    image_size: pixels, to which the tower's position embeddings are resampled. image_token_id: a special
-    token that nothing uses, to become `<image>`. chat_template: a Jinja file, by default LLaVA 1.5's (or an
-    original's own); with own_chat_template the text part's stays. feature_layer: of the tower, by default -2.
+    vision: a CLIP directory, whole or its vision model alone. text: a Llama directory, a .gguf file, or an original
+    LLaVA directory, which holds its projector (and keeps its own tower, if it has one). projector: a .safetensors
+    or .bin file, LLaVA's names or the original's. random_projector: the seed of one to be trained, in its place.
+    lora: a PEFT adapter's directory or file. dtype: of all weights; by default each keeps its own, what was
+    quantized being float32. image_size: pixels, to which the tower's position embeddings are resampled.
+    image_token_id: a special token that nothing uses, to become `<image>`. chat_template: a Jinja file, by default
+    LLaVA 1.5's (or an original's own); with own_chat_template the text part's stays. feature_layer: of the tower,
+    by default -2.
 
     Tensors are read, merged and written one after the other.
 
@@ -49,18 +52,11 @@ def assemble(
     """
     # Imported here, for they take seconds, and need the right `kernels`: `exit_code` looks first.
     from convert.lora import Merged
-    from convert.material import store, store_hf
     from convert.parts import join
     from convert.projector import open_projector
     from convert.tower import resized
 
-    targets = [(write, path) for write, path in ((store, target), (store_hf, hf)) if path is not None]
-    if not targets:
-        raise InputError("OUT: got none; expected a directory to be made, here or with --hf")
-    if target is not None and hf is not None and Path(target).resolve() == Path(hf).resolve():
-        raise InputError("--hf: got the directory of OUT, expected another one")
-    for _, path in targets:
-        files.refuse_existing(path)
+    _require_free(target, hf)
     with tempfile.TemporaryDirectory() as name:
         scratch, unpacked = Path(name) / "made", Path(name) / "text"
         scratch.mkdir()
@@ -80,8 +76,34 @@ def assemble(
         )
         if lora is not None:
             material = dataclasses.replace(material, weights=Merged(material.weights, Path(lora), dtype))
-        for write, path in targets:
-            write(material, path, dtype)
+        _write(material, target, hf, dtype)
+
+
+def _require_free(target: Path | None, hf: Path | None) -> None:
+    if target is None and hf is None:
+        raise InputError("OUT: got none; expected a directory to be made, here or with --hf")
+    if target is not None and hf is not None:
+        ours, theirs = Path(target).resolve(), Path(hf).resolve()
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise InputError(f"--hf: got {hf}, expected a directory that is neither OUT nor inside it nor around it")
+    for path in (target, hf):
+        if path is not None:
+            files.refuse_existing(path)
+
+
+def _write(material: "Material", target: Path | None, hf: Path | None, dtype: str | None) -> None:
+    """Writes one checkpoint or both; the first does not stay without the second."""
+    from convert.material import store, store_hf
+
+    if target is not None:
+        store(material, target, dtype)
+    try:
+        if hf is not None:
+            store_hf(material, hf, dtype)
+    except BaseException:
+        if target is not None:
+            shutil.rmtree(target)
+        raise
 
 
 def _open(vision: Path, text: Path, unpacked: Path) -> "tuple[Tower, Decoder, str | None]":

@@ -76,17 +76,22 @@ def resized(tower: Tower, size: int) -> Tower:
     comes out is a plain CLIP tower of that image size.
 
     Raises:
-        InputError: `size` is no positive multiple of the patch size.
+        InputError: `size` is no positive multiple of the patch size, or there are other position embeddings than
+            the tower's config says.
     """
     patch = tower.settings.get("patch_size", 32)  # the default of CLIP's configuration
     if size < patch or size % patch:
         raise InputError(f"--image-size: got {size}, expected a multiple of the tower's patch size {patch}")
-    preprocessor = {**tower.preprocessor, "size": {"shortest_edge": size}}
-    if "crop_size" in preprocessor:
-        preprocessor["crop_size"] = {"height": size, "width": size}
-    return Tower(
-        {**tower.settings, "image_size": size}, _Resized(tower.weights, (size // patch) ** 2 + 1), preprocessor
-    )
+    weights = _Resized(tower.weights, tower.settings.get("image_size", 224) // patch, size // patch)
+    return Tower({**tower.settings, "image_size": size}, weights, _preprocessor_at(tower.preprocessor, size))
+
+
+def _preprocessor_at(preprocessor: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Returns the preprocessing for images of size x size pixels; it goes on to crop, or else to squeeze."""
+    square = {"height": size, "width": size}
+    old = preprocessor.get("size")
+    is_squeezed = isinstance(old, Mapping) and "height" in old
+    return {**preprocessor, "size": square if is_squeezed else {"shortest_edge": size}, "crop_size": square}
 
 
 def resample(grid: Float[np.ndarray, "y x e"], size: int) -> Float[np.ndarray, "size size e"]:
@@ -118,22 +123,23 @@ def _kernel(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 class _Resized(Source):
-    """A tower's weights with position embeddings for so many positions, the class token's first."""
+    """A tower's weights with position embeddings, the class token's first, for another number of patches a side."""
 
-    def __init__(self, source: Source, positions: int):
-        self._source, self._positions = source, positions
-        self.tensors = {
-            name: ((positions, *shape[1:]), dtype) if _is_position(name) else (shape, dtype)
-            for name, (shape, dtype) in source.tensors.items()
-        }
+    def __init__(self, source: Source, old: int, new: int):
+        self._source, self._old, self._new = source, old, new
+        self.tensors = dict(source.tensors)
+        for name in filter(_is_position, source.tensors):
+            (count, *rest), dtype = source.tensors[name]
+            if count != old**2 + 1:
+                raise InputError(f"--image-size: {name} has {count} rows, expected {old**2 + 1} by the config.json")
+            self.tensors[name] = (new**2 + 1, *rest), dtype
 
     def read(self, name: str) -> np.ndarray:
         array = self._source.read(name)
-        if not _is_position(name) or len(array) == self._positions:
+        if not _is_position(name) or self._old == self._new:
             return array
-        side = round((len(array) - 1) ** 0.5)
-        grid = array[1:].reshape(side, side, -1)
-        patches = resample(grid, round((self._positions - 1) ** 0.5)).reshape(self._positions - 1, -1)
+        grid = array[1:].reshape(self._old, self._old, -1)
+        patches = resample(grid, self._new).reshape(self._new**2, -1)
         return np.concatenate([array[:1], patches.astype(array.dtype)])
 
 

@@ -119,6 +119,15 @@ def test_another_image_size(parts, tmp_path: Path):
     assert processor.pixels([Image.new("RGB", (40, 30))]).shape == (1, 3, 42, 42)
 
 
+def test_images_that_were_squeezed_stay_squeezed(parts, tmp_path: Path):
+    file = parts["vision"] / "preprocessor_config.json"
+    changes = {"size": {"height": 28, "width": 28}, "do_center_crop": False}
+    file.write_text(json.dumps({**read_json(file), **changes}))
+    assemble.assemble(**parts, target=tmp_path / "out", image_size=42)
+    processor = Processor.load(tmp_path / "out", load(tmp_path / "out").config)
+    assert processor.pixels([Image.new("RGB", (40, 30))]).shape == (1, 3, 42, 42)
+
+
 def test_what_transformers_makes_of_another_image_size(parts, tmp_path: Path):
     """The resampled tower sees 42 pixels as transformers' own sees them by `interpolate_pos_encoding`."""
     torch = pytest.importorskip("torch", reason="what is compared with")
@@ -282,6 +291,7 @@ LINEAR = "multi_modal_projector.linear_1.weight"
         (_edited("text", num_hidden_layers=3), [], "9 missing tensors"),
         (_edited("vision", model_type="siglip_vision_model"), [], "vision_config.model_type is 'siglip_vision_model'"),
         (_edited("vision", image_size=42), [], "position_embedding.weight is (5, 32), expected (10, 32)"),
+        (_edited("vision", image_size=42), ["--image-size", "28"], "position_embedding.weight has 5 rows, expected 10"),
         (_projector(stray=np.ones(2, np.float32)), [], "1 tensors without a place: stray"),
         (_projector(**{LINEAR: np.ones((32, 31), np.float32)}), [], f"{LINEAR} is (32, 31), expected (32, 32)"),
         (_projector(**{LINEAR: np.full((32, 32), np.nan, np.float32)}), [], f"{LINEAR} holds NaN"),
@@ -292,6 +302,14 @@ def test_bad_input(damage, options: list[str], message: str, parts, tmp_path: Pa
     damage(parts)
     arguments = [str(part) for name in parts for part in (f"--{name}", parts[name])]
     refused([*arguments, *options, str(tmp_path / "out")], tmp_path, capsys, message)
+
+
+@pytest.mark.parametrize("place", ["projector.safetensors/hf", "out/hf", "."])
+def test_one_checkpoint_does_not_stay_without_the_other(place: str, parts, tmp_path: Path, capsys):
+    """A file is no directory, which shows when the first is written; the other two are told before."""
+    hf = (parts["projector"].parent if "projector" in place else tmp_path) / place
+    arguments = [str(part) for name in parts for part in (f"--{name}", parts[name])]
+    refused([*arguments, str(tmp_path / "out"), "--hf", str(hf)], tmp_path, capsys, str(hf))
 
 
 def test_what_is_missing_or_too_much(parts, tmp_path: Path, capsys):

@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, writes the Hugging Face checkpoint OUT/hf, and reports on the test questions."""
+    defining = ("seed", "look_steps", "steps", "rows", "questions", "rate")
+    training.require_counts(vars(args))
+    training.claim(args.out, {name: getattr(args, name) for name in defining})
     samples, test = load(EASY_VQA, "train"), load(EASY_VQA, "test")
     files = args.out / "processor"
     house.write_all_but_weights(files, (f"USER: \n{one.question} ASSISTANT: {one.answer}" for one in samples))

@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 
 from examples.smol.learning import Rows, answers_at
 from examples.vqa.packing import Pack
+from lmmjax import perplexity
 from lmmjax.data import KINDS
+from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
 RARE = 0.1
@@ -71,7 +73,13 @@ def rows(data: Pack, images: Int[np.ndarray, "r"], chosen: Int[np.ndarray, "r q"
     return Rows(*map(jnp.asarray, (data.shown[images], tokens, at, counted)))
 
 
-def read_text(processor: Processor, files: Sequence[Path]) -> Int[np.ndarray, "n"]:
-    """Returns the tokens of all files, one behind the other."""
-    ids = [processor.tokenizer.encode(file.read_text(), add_special_tokens=False) for file in files]
-    return np.concatenate([np.array(each, np.int32) for each in ids])
+def read_text(processor: Processor, files: Sequence[Path], window: int) -> Int[np.ndarray, "n"]:
+    """Returns the tokens of all files, one behind the other.
+
+    Raises:
+        InputError: a file cannot be read, or all have fewer tokens than a window takes.
+    """
+    ids = np.array([token for each in perplexity.read(processor, files) for token in each], np.int32)
+    if len(ids) <= window:
+        raise InputError(f"--texts: {len(ids)} tokens, expected more than the --window of {window}")
+    return ids

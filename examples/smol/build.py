@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 with the checkpoint at OUT, whether it was there or is new."""
-    if args.out.exists():
+    from lmmjax.checkpoint import describe
+
+    if args.out.exists() and args.hf is None:
+        describe(args.out)  # or an error: what is there may be anything
         print(f"{args.out} is there already; remove it to build it anew", file=sys.stderr)
         return 0
     build(args.out, args.adapter, hf=args.hf, vision=args.vision, text=args.text, parts=args.parts)
@@ -54,25 +57,30 @@ def build(
     """Writes the checkpoint `target` of tower, decoder and adapter; without one its projector is random.
 
     Raises:
-        InputError: a part cannot be had, or the adapter is not there.
+        InputError: a part cannot be had, the adapter is not there, or what is to be made is. Whatever shows
+            without a download is told before it.
     """
     from convert.assemble import assemble
     from convert.hf import locate
-    from examples.smol import fetch
+    from examples.smol import fetch, tower
     from examples.smol.adapter import PROJECTOR
-    from examples.smol.tower import write_tower
     from lmmjax.checkpoint import cache_dir
+    from lmmjax.files import refuse_existing
 
+    for path in filter(None, (target, hf)):
+        refuse_existing(path)
     if adapter is not None and not (adapter / PROJECTOR).exists():
         raise InputError(f"--adapter: {adapter} has no {PROJECTOR}; give a directory that training wrote")
     kept = parts or cache_dir() / "smol"
     with tempfile.TemporaryDirectory() as scratch:
+        seen = Path(scratch) / "tower" if vision is None else locate(vision, argument="--vision")
+        spoken = None if text is None else _given(text)
         if vision is None:
-            write_tower(fetch.part(fetch.TOWER, kept), Path(scratch) / "tower")
-        decoder = fetch.part(fetch.DECODER, kept) if text is None else _given(text)
+            tower.require_onnx()
+            tower.write_tower(fetch.part(fetch.TOWER, kept), seen)
         assemble(
-            Path(scratch) / "tower" if vision is None else locate(vision, argument="--vision"),
-            decoder,
+            seen,
+            spoken or fetch.part(fetch.DECODER, kept),
             target,
             hf=hf,
             projector=adapter / PROJECTOR if adapter else None,
@@ -87,7 +95,7 @@ def build(
 def _given(text: str) -> Path:
     from convert.hf import locate
 
-    return Path(text) if text.endswith(".gguf") else locate(text, argument="--text")
+    return Path(text) if text.endswith(".gguf") or Path(text).is_file() else locate(text, argument="--text")
 
 
 if __name__ == "__main__":

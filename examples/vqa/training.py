@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from lmmjax.checkpoint import read_json
+from lmmjax.errors import InputError
 from lmmjax.files import write_atomic
 
 
@@ -59,6 +61,29 @@ def stages(lengths: Sequence[int], rate: float, warmup: int = 100) -> optax.Sche
     return optax.join_schedules([stage(length) for length in lengths], ends)
 
 
+def require_counts(settings: Mapping[str, Any]) -> None:
+    """Raises InputError for a whole number, or one of a list of them, below 1; a seed may be 0."""
+    for name, value in settings.items():
+        least = 0 if name == "seed" else 1
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number < least for number in numbers):
+            raise InputError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+
+
+def claim(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Keeps what a run is defined by in its directory, as settings.json.
+
+    Raises:
+        InputError: a run that the directory holds, to be gone on with, is defined otherwise.
+    """
+    file = directory / "settings.json"
+    kept = read_json(file) if file.exists() else settings
+    if others := [name for name in settings if kept.get(name) != settings[name]]:
+        told = "; ".join(f"{name} = {kept.get(name)}, not {settings[name]}" for name in others)
+        raise InputError(f"--out: the run in {directory} has {told}; give the same, or another --out")
+    write_atomic(file, json.dumps(settings, indent=2) + "\n")
+
+
 def save(path: Path, state: State) -> None:
     """Writes the state whole or not at all."""
     buffer = io.BytesIO()
@@ -67,11 +92,17 @@ def save(path: Path, state: State) -> None:
 
 
 def restore(path: Path, state: State) -> State:
-    """Returns the state stored there; the given one if there is none."""
+    """Returns the state stored there; the given one if there is none.
+
+    Raises:
+        InputError: what is stored is the state of another model or optimizer.
+    """
     if not path.exists():
         return state
     with np.load(path) as stored:
         leaves = [jnp.asarray(stored[f"arr_{index}"]) for index in range(len(stored.files))]
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(state)]:
+        raise InputError(f"{path}: the state of another model; give another --out, or remove it to begin anew")
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 

@@ -3,6 +3,9 @@
 import functools
 import hashlib
 import http.server
+import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -118,6 +121,24 @@ def test_a_broken_download_goes_on_where_it_stopped(have, served, tmp_path):
     assert asked == [have]
 
 
+def test_a_connection_that_is_closed_too_early_is_gone_on_with(served, tmp_path, monkeypatch):
+    content, asked = served
+    whole = Ranges.do_GET
+
+    def cut(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:70])
+
+    monkeypatch.setattr(Ranges, "do_GET", cut)
+    with pytest.raises(InputError, match=rf"closed after 70 of {len(content)} bytes.*; run again to go on"):
+        fetch.texts(tmp_path / "kept")
+    monkeypatch.setattr(Ranges, "do_GET", whole)
+    fetch.texts(tmp_path / "kept")
+    assert asked == [70]
+
+
 def test_a_wrong_beginning_is_found_out_and_thrown_away(served, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -158,9 +179,37 @@ def test_the_tower_is_the_onnx_files_integers_times_their_scales(tmp_path):
     np.testing.assert_array_equal(weights["vision_model.encoder.layers.0.mlp.fc1.weight"], expected.T)
 
 
-def test_a_finished_checkpoint_is_not_built_again(tmp_path, capsys):
-    assert build.main(["--out", str(tmp_path)]) == 0
+def test_a_finished_checkpoint_is_not_built_again(checkpoint, tmp_path, capsys):
+    assert build.main(["--out", str(checkpoint)]) == 0
     assert "is there already" in capsys.readouterr().err
+    assert build.main(["--out", str(tmp_path)]) == 2
+    assert "is no lmmjax checkpoint" in capsys.readouterr().err
+    assert build.main(["--out", str(checkpoint), "--hf", str(tmp_path / "hf")]) == 2
+    assert "exists; expected a name that is free" in capsys.readouterr().err
+
+
+def test_without_onnx_nothing_is_downloaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(fetch, "part", lambda *_: pytest.fail("downloaded"))
+    assert build.main(["--out", str(tmp_path / "out"), "--adapter", str(build.ADAPTER)]) == 2
+    assert "onnx is not installed: pip install onnx, or give --vision DIR" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_is_one_line(index, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--parts: cannot write to"):
+        fetch.part(index, tmp_path / "file" / "kept")
+    with pytest.raises(InputError, match="--parts: cannot write to"):
+        fetch.texts(tmp_path / "file" / "kept")
+
+
+def test_the_command_works_as_typed_from_anywhere(tmp_path):
+    command = [sys.executable, build.__file__, "--adapter", "nowhere"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: --adapter: nowhere has no projector.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

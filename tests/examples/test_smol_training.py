@@ -13,12 +13,13 @@ from safetensors.numpy import load_file
 from tiny_parts import tensors, write_clip, write_llama, write_projector
 
 from convert.assemble import assemble
-from examples.smol import adapter, batches, learning, lora, report, train
+from examples.smol import adapter, batches, build, learning, lora, report, train
 from examples.smol.batches import Batches, Stage
 from examples.smol.learning import Frozen, Objective
 from examples.vqa.packing import answer_shares, images_of, pack
 from lmmjax import checkpoint, llava
 from lmmjax.data import KINDS, answer_ids, load
+from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
 STAGES = (Stage("align", 1, 2, 2), Stage("name", 2, 2, 2), Stage("match", 3, 2, 3))
@@ -148,6 +149,35 @@ def test_the_written_adapter_assembles_to_what_was_trained(parts, model, tmp_pat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), finished["text"], expected["text"])
     q = finished["text"]["layers_1"]["attn"]["q"]["kernel"]
     assert np.abs(q - model.params["text"]["layers_1"]["attn"]["q"]["kernel"]).max() > 0.02
+
+
+def test_the_command_makes_a_checkpoint_of_given_parts(parts, model, tmp_path, monkeypatch):
+    """In SmolLM2's conversation, the image before the text; the tower's patches have 14 pixels here."""
+    monkeypatch.setattr(build, "IMAGE_SIZE", 42)
+    monkeypatch.setattr(build, "IMAGE_TOKEN", model.config.image_token)
+    adapter.write(tmp_path / "adapter", model.params["projector"], factors_of(model.config))
+    given = {"adapter": tmp_path / "adapter", "vision": parts["vision"], "text": parts["text"]}
+    arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    assert build.main([*arguments, "--out", str(tmp_path / "out"), "--hf", str(tmp_path / "hf")]) == 0
+    built = checkpoint.load(tmp_path / "out")
+    assert built.config.vision.image_tokens == 9
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    rendered = Processor.load(built.path, built.config).render("What?", 1, system="Be brief.")
+    turns = ("system\nBe brief.", "user\n<image>\nWhat?")
+    assert rendered == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
+
+
+def test_texts_are_read_whole_or_refused(processor, tmp_path):
+    (tmp_path / "a.txt").write_text("ab")
+    (tmp_path / "b.txt").write_bytes("cé".encode())
+    files = sorted(tmp_path.iterdir())
+    tokens = batches.read_text(processor, files, window=4)
+    assert processor.decode(tokens) == "abcé"
+    with pytest.raises(InputError, match=f"--texts: {len(tokens)} tokens, expected more than the --window of 20"):
+        batches.read_text(processor, files, window=20)
+    files[0].write_bytes(b"\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
+        batches.read_text(processor, files, window=4)
 
 
 def test_stages_follow_one_another_and_open_questions_come_first(source, packed):

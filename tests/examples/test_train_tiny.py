@@ -13,10 +13,11 @@ from examples import train_tiny
 from examples.tiny import house, learning
 from examples.tiny.batches import Batches, image_labels
 from examples.tiny.moving import Mover
-from examples.vqa import measure
+from examples.vqa import measure, training
 from examples.vqa.packing import answer_shares, hold_out, images_of, pack
 from lmmjax import llava
 from lmmjax.data import encode, load
+from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
 CONFIG = dataclasses.replace(
@@ -133,6 +134,33 @@ def test_held_out_images_are_not_trained_on(samples):
     assert len(trained) + len(held) == len(samples)
     assert len({sample.image for sample in held}) == 2
     assert not {sample.image for sample in held} & {sample.image for sample in trained}
+
+
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(tmp_path):
+    begun = {"seed": 0, "steps": [2, 3], "rate": 1e-3}
+    training.claim(tmp_path, begun)
+    training.claim(tmp_path, begun)
+    with pytest.raises(InputError, match=r"has steps = \[2, 3\], not \[2, 4\]; give the same, or another --out"):
+        training.claim(tmp_path, {**begun, "steps": [2, 4]})
+
+
+def test_another_models_state_is_no_beginning(tmp_path):
+    optimizer = learning.make_optimizer(1e-3, 2, 2)
+    small, large = (training.initial({"w": jnp.ones((2, width))}, optimizer) for width in (2, 3))
+    training.save(tmp_path / "state.npz", small)
+    with pytest.raises(InputError, match="the state of another model"):
+        training.restore(tmp_path / "state.npz", large)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--steps", "0"), ("--look-steps", "-1"), ("--every", "0"), ("--seed", "-1")]
+)
+def test_counts_are_checked_before_anything_is_done(option, value, tmp_path, capsys):
+    assert train_tiny.main(["--out", str(tmp_path / "run"), option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: got {value}, expected ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 class Killed(Batches):

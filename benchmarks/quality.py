@@ -1,4 +1,4 @@
-"""What compression costs in quality: python -m benchmarks.quality [--model DIR --text FILES]
+"""What compression costs in quality: python -m benchmarks.quality [--model DIR --text DIR]
 
 Weights at growing sparsity and at 2:4, the KV cache at shrinking widths: every one-shot score, uniform widths and what
 the search finds, on easy-VQA's test questions and on plain text. Every figure is written as soon as it is there, and
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what all cells of a file have in common."""
-    text = {"files": [Path(file).name for file in args.text], "windows": args.windows}
+    text = {"files": [file.name for file in _files(args.text)], "windows": args.windows}
     text |= {"context": args.context, "stride": args.stride}
     return {"model": _name(args.model), **Sizes(*_sizes(args))._asdict(), "text": text if args.text else None}
 
@@ -72,11 +72,16 @@ def _found(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return known["cells"]
 
 
+def _files(given: Sequence[Path]) -> list[Path]:
+    """Returns the files, those of a directory in order of their names."""
+    return [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+
+
 def _windows(model: Checkpoint, args: argparse.Namespace) -> list[Window]:
     """Returns windows spread evenly over all of the text's."""
     if not args.text:
         return []
-    documents = perplexity.read(Processor.load(model.path, model.config), args.text)
+    documents = perplexity.read(Processor.load(model.path, model.config), _files(args.text))
     found = perplexity.windows(documents, args.context, args.stride)
     return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, args.windows).round().astype(int))]
 
@@ -100,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", metavar="DIR", help="dense lmmjax checkpoint (default: the embedded model)")
-    add("--text", nargs="+", default=[], metavar="FILE", help="plain text for perplexity (default: none)")
+    add(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE|DIR", help="plain text for perplexity: *.txt of a DIR"
+    )
     add("--sparsity", nargs="+", default=["0.5", "0.6", "0.7", "0.4", "2:4"], metavar="S|N:M")
     add("--bits", type=int, nargs="+", default=[4, 3, 2, 6, 8], metavar="B", help="of keys and values, 2 to 8")
     add("--seeds", type=int, default=3, help="of calibration and search (default: %(default)s)")

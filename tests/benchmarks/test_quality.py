@@ -41,9 +41,8 @@ def results(tmp_path, monkeypatch):
 
 
 def test_cells_are_what_they_say_and_a_run_goes_on_where_it_stopped(checkpoint, results, tmp_path, capsys):
-    text = tmp_path / "speech.txt"
-    text.write_text("Four score and seven years ago " * 8)
-    given = ["--model", str(checkpoint), *SMALL, "--text", str(text), "--context", "32", "--stride", "32"]
+    (tmp_path / "speech.txt").write_text("Four score and seven years ago " * 8)
+    given = ["--model", str(checkpoint), *SMALL, "--text", str(tmp_path), "--context", "32", "--stride", "32"]
     assert quality.main([*given, "--sparsity", "0.5", "--bits", "2"]) == 0
     first = json.loads(results.read_text())
     assert quality.main([*given, "--sparsity", "0.5", "2:4", "--bits", "2", "3"]) == 0
@@ -51,6 +50,7 @@ def test_cells_are_what_they_say_and_a_run_goes_on_where_it_stopped(checkpoint, 
     assert found["cells"][: len(first["cells"])] == first["cells"]
     rows = {(row["level"], row["method"]): row for row in found["cells"]}
     assert len(rows) == len(found["cells"]) == len(cells(["0.5", "2:4"], [2, 3], 1))
+    assert found["settings"]["text"]["files"] == ["speech.txt"]
     assert rows["", "dense"]["kl"] == 0
     assert all(row["kl"] > 0 for key, row in rows.items() if key[1] != "dense")
     assert all(np.isfinite(row["ppl"]) for row in rows.values())

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -69,15 +70,19 @@ def factors_of(config, seed: int = 1):
     return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), start)
 
 
-def whole_logits(model, params, processor, sample, features):
-    """The logits of one whole sequence, unpacked, adapters added to their kernels."""
+def whole_logits(model, processor, sample):
+    """The tokens of one whole sequence, unpacked, and what computes its logits, padded so that one program does."""
     text = processor.render(sample.question, 1)
-    tokens = np.array([processor.encode(text, 1) + answer_ids(processor, text, sample.answer)])
-    images = llava.project(model.config, params, features)
-    x = llava.embed(model.config, params, tokens, images)
+    tokens = processor.encode(text, 1) + answer_ids(processor, text, sample.answer)
+    return tokens, functools.partial(_logits, model.config, np.array([tokens + [0] * (160 - len(tokens))]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, tokens, params, features):
+    x = llava.embed(config, params, tokens, llava.project(config, params, features))
     t = tokens.shape[1]
-    states = llava.forward(model.config, params, x, jnp.arange(t)[None], jnp.tri(t, dtype=bool)[None])
-    return tokens, llava.logits(model.config, params, states)
+    states = llava.forward(config, params, x, jnp.arange(t)[None], jnp.tri(t, dtype=bool)[None])
+    return llava.logits(config, params, states)
 
 
 def merged(params, factors):
@@ -111,11 +116,11 @@ def test_the_loss_is_the_mean_over_the_answers_of_whole_unpacked_sequences(model
     losses, right = [], []
     for sample in samples:
         shown = packed.shown[order[sample.image]][None]
-        tokens, logits = whole_logits(model, params, processor, sample, shown)
+        tokens, logits = whole_logits(model, processor, sample)
         answer = answer_ids(processor, processor.render(sample.question, 1), sample.answer)
-        at = np.arange(tokens.shape[1] - len(answer), tokens.shape[1])
-        predicted = jax.nn.log_softmax(logits[0, at - 1])
-        losses.extend(-predicted[np.arange(len(answer)), answer])
+        at = np.arange(len(tokens) - len(answer), len(tokens))
+        predicted = jax.nn.log_softmax(np.asarray(logits(params, shown))[0, at - 1])
+        losses.extend(-np.asarray(predicted)[np.arange(len(answer)), answer])
         right.append(bool((predicted.argmax(-1) == np.array(answer)).all()))
     both = objective.answering(trained, frozen, rows, text)
     expected = np.mean(losses) + learning.TEXT_WEIGHT * learning.text_loss(model.config, params, text)

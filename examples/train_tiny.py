@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.writing import write_hf
 from examples.tiny import house, learning
@@ -79,26 +78,19 @@ def train(args: argparse.Namespace, batches: Batches, check: Pack) -> training.S
     losses = {"look": learning.looking_loss, "answer": learning.answering_loss}
     steps = {stage: training.make_step(optimizer, loss) for stage, loss in losses.items()}
     fresh = training.initial(learning.initial_params(args.seed), optimizer)
-    state = training.restore(args.out / "state.npz", fresh)
-    first, total = int(state.step), args.look_steps + args.steps
-    log = training.Log(args.out / "log.jsonl", first)
-    bar = tqdm(range(first, total), initial=first, total=total, unit="step", file=sys.stderr)
-    for index in bar:
+
+    def step(index: int, state: training.State) -> tuple:
         stage = batches.stage(index)
-        state, loss = steps[stage](state, *batches(index))
-        log.losses.append(float(loss))
-        bar.set_postfix(stage=stage, loss=f"{log.losses[-1]:.3f}")
-        done = index + 1
-        saving = done % args.every == 0 or done == total
-        if done % LINE == 0 or saving:
-            right = {}
-            if saving and stage == "answer":
-                verdicts = measure.verdicts(judge(state.params["model"], check), check, args.questions)
-                right = measure.by_kind(verdicts, check.kinds)
-            log.write(stage, done, right)
-        if saving:
-            training.save(args.out / "state.npz", state)
-    return state
+        return stage, *steps[stage](state, *batches(index))
+
+    def right(stage: str, state: training.State) -> dict[str, float]:
+        if stage != "answer":
+            return {}
+        verdicts = measure.verdicts(judge(state.params["model"], check), check, args.questions)
+        return measure.by_kind(verdicts, check.kinds)
+
+    total = args.look_steps + args.steps
+    return training.run_steps(args.out, fresh, total, step, right, every=args.every, line=LINE)
 
 
 def judge(params: Params, data: Pack) -> measure.Judge:

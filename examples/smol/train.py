@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from examples.smol import adapter, batches, build, fetch, learning, report
 from examples.smol.batches import Batches, Stage
@@ -116,31 +115,20 @@ def train(args: argparse.Namespace, model: Checkpoint, source: Batches, check: P
         tuple(stage.steps for stage in source.stages), args.projector_rate, args.adapter_rate
     )
     fresh = training.initial(learning.initial_params(model.config, args.seed), optimizer)
-    state = training.restore(args.out / "state.npz", fresh)
-    first = int(state.step)
-    log = training.Log(args.out / "log.jsonl", first)
     steps = {
         stage.name: _step(stage, Objective(model.config, len(source.data.prefix), stage.questions), optimizer)
         for stage in source.stages
     }
     judging = report.judge(model, frozen, check, QUESTIONS)
-    bar = tqdm(range(first, source.steps), initial=first, total=source.steps, unit="step", file=sys.stderr)
-    for index in bar:
-        stage = source.stage(index)
-        state, loss = steps[stage.name](state, frozen, *source(index))
-        log.losses.append(float(loss))
-        bar.set_postfix(stage=stage.name, loss=f"{log.losses[-1]:.3f}")
-        done = index + 1
-        saving = done % args.every == 0 or done == source.steps
-        if done % LINE == 0 or saving:
-            right = {}
-            if saving:
-                verdicts = measure.verdicts(judging(state.params), check, QUESTIONS, rows=8)
-                right = measure.by_kind(verdicts, check.kinds)
-            log.write(stage.name, done, right)
-        if saving:
-            training.save(args.out / "state.npz", state)
-    return state
+
+    def step(index: int, state: training.State) -> tuple:
+        stage = source.stage(index).name
+        return stage, *steps[stage](state, frozen, *source(index))
+
+    def right(stage: str, state: training.State) -> dict[str, float]:
+        return measure.by_kind(measure.verdicts(judging(state.params), check, QUESTIONS, rows=8), check.kinds)
+
+    return training.run_steps(args.out, fresh, source.steps, step, right, every=args.every, line=LINE)
 
 
 def _step(stage: Stage, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:

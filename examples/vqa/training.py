@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
@@ -122,3 +124,35 @@ class Log:
         self.lines.append(json.dumps(line))
         self.losses = []
         write_atomic(self.path, "\n".join(self.lines) + "\n")
+
+
+def run_steps(
+    out: Path,
+    fresh: State,
+    total: int,
+    step: Callable[[int, State], tuple[str, State, Float[Array, ""]]],
+    check: Callable[[str, State], dict[str, float]],
+    *,
+    every: int,
+    line: int,
+) -> State:
+    """Returns the state after `total` steps; goes on from the one saved in `out`, if any.
+
+    `step` makes (stage, state, loss) of a step's number and the state before it. Every `every` steps and in the
+    end the state is saved, and the log has what `check` says of it; a line of the log is `line` steps at most.
+    """
+    state = restore(out / "state.npz", fresh)
+    first = int(state.step)
+    log = Log(out / "log.jsonl", first)
+    bar = tqdm(range(first, total), initial=first, total=total, unit="step", file=sys.stderr)
+    for index in bar:
+        stage, state, loss = step(index, state)
+        log.losses.append(float(loss))
+        bar.set_postfix(stage=stage, loss=f"{log.losses[-1]:.3f}")
+        done = index + 1
+        saving = done % every == 0 or done == total
+        if done % line == 0 or saving:
+            log.write(stage, done, check(stage, state) if saving else {})
+        if saving:
+            save(out / "state.npz", state)
+    return state

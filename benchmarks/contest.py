@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.search import search
+from kernels.quantize import PACKED_BITS
 from lmmjax import perplexity
 from lmmjax.cache import empty_search_cache
 from lmmjax.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from search.problem import Problem
 from search.settings import Settings
 from search.space import Candidate, dense
 
-PACKED = (2, 4, 8)
+PACKED = tuple(sorted(PACKED_BITS))
 """The widths of a quantized cache that are packed; those between them have the same metadata."""
 WINDOWS = 4
 """Windows of text judged at once."""

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from kernels import reference
-from kernels.reference import Append
+from kernels.reference import Append, Rows
+from kernels.rope import Rotation
 from kernels.stores import Store
+from kernels.stores.base import Visual
 
 
 class Backend(NamedTuple):
@@ -34,7 +36,9 @@ def attend(
     lengths: Int[Array, "b"],
     *,
     starts: Int[Array, "b"] | None = None,
+    visual: Visual = None,
     append: Append | None = None,
+    turn: Rotation | None = None,
     round_own: bool = True,
     scale: float | None = None,
     backend: str | None = None,
@@ -47,8 +51,10 @@ def attend(
         lengths: tokens stored in each row now.
         starts: position of each row's first query; by default the last t positions. Rows padded on the right
             have queries past their length, whose results mean nothing.
+        visual: which positions hold image tokens, if a store keeps these apart.
         append: how the queries' own tokens came; needed for t > 1 unless both stores are exact, because each
             query then sees what was rounded when the row ended with it.
+        turn: the rotary embedding of all positions, if the keys are kept before it.
         round_own: whether queries see the tokens of their own append rounded, as later queries will.
         scale: factor of the scores, by default 1 / sqrt(d).
         backend: a name in `BACKENDS`. An explicit choice never falls back.
@@ -62,7 +68,7 @@ def attend(
         raise ValueError(f"append: got None for {q.shape[2]} queries a row; expected their keys and values unrounded")
     starts = lengths - q.shape[2] if starts is None else starts
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    arguments = (q, keys, values, lengths, starts, append, round_own, scale)
+    arguments = (q, keys, values, Rows(lengths, starts, visual), append, turn, round_own, scale)
     chosen = choose(backend, *arguments)
     _choices.get([]).append(chosen)
     return BACKENDS[chosen].run(*arguments)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.rope import Rotation, rotate
 from kernels.stores import Store, exact_view
+from kernels.stores.base import Visual
 
 
 class Append(NamedTuple):
@@ -18,13 +20,21 @@ class Append(NamedTuple):
     values: Store
 
 
+class Rows(NamedTuple):
+    """How far each row has come: tokens stored now, the position of its first query, and which hold image tokens."""
+
+    lengths: Int[Array, "b"]
+    starts: Int[Array, "b"]
+    visual: Visual = None
+
+
 def attend(
     q: Float[Array, "b h t d"],
     keys: Store,
     values: Store,
-    lengths: Int[Array, "b"],
-    starts: Int[Array, "b"],
+    rows: Rows,
     append: Append | None,
+    turn: Rotation | None,
     round_own: bool,
     scale: float,
 ) -> Float[Array, "b h t d"]:
@@ -32,20 +42,25 @@ def attend(
 
     Query i of row b stands at position starts[b] + i and sees the positions up to its own, each exact or
     rounded just as it was when the row was that long (`round_own`), or as before this append. A single query
-    finds both in the store; several, which settle blocks behind one another, take the exact ones from `append`.
+    finds both in the store; several, which settle tokens behind one another, take the exact ones from `append`.
+    Keys kept before RoPE take their `turn`, that of all positions, after they were read.
     """
-    rounded_k, rounded_v = keys.read(lengths), values.read(lengths)
-    at = starts[:, None] + jnp.arange(q.shape[2])
+
+    def turned(k: Float[Array, "b k s d"]) -> Float[Array, "b k s d"]:
+        return k if turn is None else rotate(k, turn)
+
+    rounded_k, rounded_v = turned(keys.read(rows.lengths, rows.visual)), values.read(rows.lengths, rows.visual)
+    at = rows.starts[:, None] + jnp.arange(q.shape[2])
     causal = jnp.arange(rounded_k.shape[2]) <= at[:, :, None]
     if q.shape[2] == 1 or append is None or (keys.exact and values.exact):
         return _mix(_weights(_scores(q, rounded_k, scale), causal), rounded_v).astype(q.dtype)
-    exact_k = exact_view(append.keys, append.k, starts)
-    exact_v = exact_view(append.values, append.v, starts)
-    ages = at + 1 if round_own else jnp.broadcast_to(starts[:, None], at.shape)
-    k_settled, v_settled = (_seen_settled(store, ages, rounded_k.shape[2]) for store in (keys, values))
-    scores = jnp.where(k_settled, _scores(q, rounded_k, scale), _scores(q, exact_k, scale))
+    exact_k = turned(exact_view(append.keys, append.k, rows.starts, rows.visual))
+    exact_v = exact_view(append.values, append.v, rows.starts, rows.visual)
+    ages = at + 1 if round_own else jnp.broadcast_to(rows.starts[:, None], at.shape)
+    k_rounded, v_rounded = (store.rounded(ages, rows.visual)[:, None, None] for store in (keys, values))
+    scores = jnp.where(k_rounded, _scores(q, rounded_k, scale), _scores(q, exact_k, scale))
     weights = _weights(scores, causal)
-    mixed = _mix(jnp.where(v_settled, weights, 0), rounded_v) + _mix(jnp.where(v_settled, 0, weights), exact_v)
+    mixed = _mix(jnp.where(v_rounded, weights, 0), rounded_v) + _mix(jnp.where(v_rounded, 0, weights), exact_v)
     return mixed.astype(q.dtype)
 
 
@@ -63,8 +78,3 @@ def _weights(scores: Float[Array, "b k r t s"], causal: Bool[Array, "b t s"]) ->
 def _mix(weights: Float[Array, "b k r t s"], v: Float[Array, "b k s d"]) -> Float[Array, "b h t d"]:
     mixed = jnp.einsum("bkrts,bksd->bkrtd", weights, v)
     return mixed.reshape(mixed.shape[0], -1, *mixed.shape[3:])
-
-
-def _seen_settled(store: Store, ages: Int[Array, "b t"], capacity: int) -> Bool[Array, "b 1 1 t s"]:
-    """Returns whether a query made when the row was `ages` long sees a position in its rounded form."""
-    return (jnp.arange(capacity) < store.settled(ages)[:, :, None])[:, None, None]

@@ -1,27 +1,32 @@
 """The model's KV cache: two stores a layer and the rows' lengths, all explicit arguments and results."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, DTypeLike, Int
 
-from kernels.attend import attend
-from kernels.quantize import Axis
-from kernels.reference import Append
-from kernels.stores import Dense, Packed, Rounded, Store
+from kernels.quantize import Quantizer
+from kernels.stores import Dense, Packed, Rounded, Split, Store
+from kernels.stores.base import Shape, Side, Visual
 from lmmjax.config import TextConfig
+from lmmjax.errors import InputError
 from lmmjax.plan import CacheFormat, Plan
 
 
 class Cache(struct.PyTreeNode):
-    """All layers' keys and values; row b holds lengths[b] tokens.
+    """All layers' keys and values; row b holds lengths[b] tokens, image tokens where `visual` says so.
 
-    `round_own` says whether a prompt's own queries see its settled tokens rounded, as later queries will.
+    `visual` is there only if a store keeps image tokens apart. `form` is how the stores quantize.
     """
 
     layers: tuple[tuple[Store, Store], ...]
     lengths: Int[Array, "b"]
-    round_own: bool = struct.field(pytree_node=False, default=True)
+    visual: Visual = None
+    form: CacheFormat = struct.field(pytree_node=False, default=CacheFormat())
 
     @property
     def capacity(self) -> int:
@@ -29,71 +34,78 @@ class Cache(struct.PyTreeNode):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the real buffers (of the planned ones, if the leaves are shapes)."""
+        """Bytes of the stores' real buffers (of the planned ones, if the leaves are shapes)."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
+    def rows(self, at: Int[Array, "b"]) -> "Cache":
+        """Returns a cache whose rows are these of its own, each as often as it is named: beams, shared beginnings."""
+        return jax.tree.map(lambda leaf: leaf[at] if leaf.ndim else leaf, self)
 
-class CachedAttention(struct.PyTreeNode):
-    """One layer's attention while new tokens pass: `starts` of them are stored, counts[b] more are real."""
+    def crop(self, kept: Int[Array, "b"]) -> "Cache":
+        """Returns the cache with only the first tokens of each row; see `Store.crop` for what is exact again."""
+        kept = jnp.minimum(kept, self.lengths)
+        layers = tuple(tuple(store.crop(self.lengths, kept, self.visual) for store in layer) for layer in self.layers)
+        visual = None if self.visual is None else self.visual & (jnp.arange(self.capacity) < kept[:, None])
+        return self.replace(layers=layers, lengths=kept, visual=visual)
 
-    keys: Store
-    values: Store
-    starts: Int[Array, "b"]
-    counts: Int[Array, "b"]
-    round_own: bool = struct.field(pytree_node=False, default=True)
-    backend: str | None = struct.field(pytree_node=False, default=None)
+    def mark(self, visual: Visual, counts: Int[Array, "b"]) -> "Cache":
+        """Returns the cache told which of the t tokens that come next are image tokens; None: none of them."""
+        if self.visual is None or visual is None:
+            return self
+        step = jnp.arange(self.capacity) - self.lengths[:, None]
+        own = jnp.take_along_axis(visual, jnp.clip(step, 0, visual.shape[1] - 1), axis=1)
+        return self.replace(visual=self.visual | (own & (step >= 0) & (step < counts[:, None])))
 
-    def __call__(
-        self, q: Float[Array, "b h t d"], k: Float[Array, "b k t d"], v: Float[Array, "b k t d"]
-    ) -> tuple[Float[Array, "b h t d"], tuple[Store, Store]]:
-        """Returns the attention of q over the stores with k and v appended, and these stores."""
-        keys = self.keys.append(k, self.starts, self.counts)
-        values = self.values.append(v, self.starts, self.counts)
-        out = attend(
-            q,
-            keys,
-            values,
-            self.starts + self.counts,
-            starts=self.starts,
-            append=Append(k, v, self.keys, self.values),
-            round_own=self.round_own,
-            backend=self.backend,
-        )
-        return out, (keys, values)
-
-
-class PlainAttention(struct.PyTreeNode):
-    """Attention among the given tokens alone, without a cache: training and calibration."""
-
-    mask: Bool[Array, "b t t"]
-
-    def __call__(
-        self, q: Float[Array, "b h t d"], k: Float[Array, "b k t d"], v: Float[Array, "b k t d"]
-    ) -> tuple[Float[Array, "b h t d"], None]:
-        """Returns the masked attention of q over k and v; there is nothing to keep."""
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, mask=self.mask[:, None])
-        return out.transpose(0, 2, 1, 3), None
+    def check_room(self, counts: Int[ArrayLike, "b"], images: Int[ArrayLike, "b"] = 0) -> None:
+        """Raises InputError unless every row has room for counts[b] more tokens, images[b] of them image tokens."""
+        counts, images, lengths = np.asarray(counts), np.asarray(images), np.asarray(self.lengths)
+        seen = 0 if self.visual is None else np.asarray(self.visual).sum(1)
+        stores = [store for layer in self.layers for store in layer]
+        rooms = [("tokens", self.capacity, lengths + counts)]
+        for store in (store for store in stores if isinstance(store, Split)):
+            first = store.sinks.capacity if store.sinks else 0
+            text = lengths + counts - (seen + images if store.visual else 0) - first
+            rooms.append(("tokens of text", store.text.capacity, text))
+            rooms += [("image tokens", store.visual.capacity, seen + images)] if store.visual else []
+        for what, room, needed in rooms:
+            if np.max(needed) > room:
+                raise InputError(f"cache: full: it has room for {room} {what} a row, {np.max(needed)} would be there")
 
 
-Attend = CachedAttention | PlainAttention
-
-
-def empty_cache(text: TextConfig, plan: Plan, batch: int, capacity: int, dtype: str | None = None) -> Cache:
+def empty_cache(
+    text: TextConfig, plan: Plan, batch: int, capacity: int, dtype: str | None = None, images: int = 0
+) -> Cache:
     """Returns an empty cache with the plan's bits a layer, as structure: packed bytes, to be deployed.
 
-    `capacity` is in tokens, rounded up to whole groups; `dtype` overrides the plan's for exact tokens.
+    Args:
+        capacity: tokens a row, rounded up to whole groups.
+        dtype: overrides the plan's for exact tokens.
+        images: how many of a row's tokens are image tokens at most. Where a plan keeps these apart they have this
+            room, text the rest of the capacity.
     """
-    form = plan.cache
-    shape = _shape(text, form, batch, capacity)
+    form, shape = plan.cache, _shape(text, plan.cache, batch, capacity)
+    exact = dtype or form.dtype
 
-    def store(bits: int, axis: Axis) -> Store:
-        if bits == 16:
-            return Dense.empty(shape, dtype or form.dtype)
-        return Packed.empty(shape, bits, axis, form.group, form.window, dtype or form.dtype)
+    def make(bits: int, side: Side, quantizer: Quantizer, tokens: int, window: int) -> Store:
+        part = (*shape[:2], tokens, shape[3])
+        return Dense.empty(part, exact) if bits == 16 else Packed.empty(part, bits, side, quantizer, window, exact)
 
-    layers = tuple((store(layer.key_bits, "tokens"), store(layer.value_bits, "channels")) for layer in plan.layers)
-    return Cache(layers, jnp.zeros(batch, jnp.int32), form.quantize_prefill)
+    def store(side: Side, bits: int, visual_bits: int | None) -> Store:
+        visual_bits = bits if visual_bits is None else visual_bits
+        if bits == visual_bits == 16:
+            return Dense.empty(shape, exact)
+        room = images if _kept_apart(form, side, bits, visual_bits) else 0
+        rooms = _Rooms(shape[2] - room, room)
+        return _dealt(make, form, side, shape, exact, (bits, visual_bits), rooms)
+
+    layers = tuple(
+        (
+            store("keys", layer.key_bits, layer.visual_key_bits),
+            store("values", layer.value_bits, layer.visual_value_bits),
+        )
+        for layer in plan.layers
+    )
+    return _empty(layers, form, shape)
 
 
 def empty_search_cache(
@@ -103,21 +115,81 @@ def empty_search_cache(
     value_bits: Int[Array, "l"],
     batch: int,
     capacity: int,
+    visual_key_bits: Int[Array, "l"] | None = None,
+    visual_value_bits: Int[Array, "l"] | None = None,
 ) -> Cache:
     """Returns an empty cache that computes the same numbers with the bits as data, so one program serves all."""
     shape = _shape(text, form, batch, capacity)
 
-    def store(bits: Int[Array, ""], axis: Axis) -> Store:
-        return Rounded.empty(shape, bits, axis, form.group, form.window, form.dtype)
+    def make(bits: Int[Array, ""], side: Side, quantizer: Quantizer, tokens: int, window: int) -> Store:
+        return Rounded.empty((*shape[:2], tokens, shape[3]), bits, quantizer, window, form.dtype)
 
-    layers = tuple((store(key_bits[i], "tokens"), store(value_bits[i], "channels")) for i in range(text.layers))
-    return Cache(layers, jnp.zeros(batch, jnp.int32), form.quantize_prefill)
+    def store(side: Side, index: int, bits: Int[Array, "l"], visual_bits: Int[Array, "l"] | None) -> Store:
+        apart = visual_bits is not None or _kept_apart(form, side, 2, 2)
+        widths = (bits[index], (bits if visual_bits is None else visual_bits)[index])
+        return _dealt(make, form, side, shape, form.dtype, widths, _Rooms(shape[2], shape[2] if apart else 0))
+
+    layers = tuple(
+        (store("keys", i, key_bits, visual_key_bits), store("values", i, value_bits, visual_value_bits))
+        for i in range(text.layers)
+    )
+    return _empty(layers, form, shape)
 
 
-def cache_bytes(text: TextConfig, plan: Plan, batch: int, capacity: int) -> int:
+def cache_bytes(text: TextConfig, plan: Plan, batch: int, capacity: int, images: int = 0) -> int:
     """Returns the bytes that the plan's cache takes, codes, scales, zeros and windows counted, without making it."""
-    return jax.eval_shape(lambda: empty_cache(text, plan, batch, capacity)).nbytes
+    return jax.eval_shape(lambda: empty_cache(text, plan, batch, capacity, images=images)).nbytes
 
 
-def _shape(text: TextConfig, form: CacheFormat, batch: int, capacity: int) -> tuple[int, int, int, int]:
-    return batch, text.kv_heads, -(-capacity // form.group) * form.group, text.head_dim
+class _Rooms(NamedTuple):
+    """Tokens that the parts for text (with sinks) and for images have room for."""
+
+    text: int
+    images: int
+
+
+def _dealt(
+    make: Callable[..., Store],
+    form: CacheFormat,
+    side: Side,
+    shape: Shape,
+    exact: DTypeLike,
+    bits: tuple[Any, Any],
+    rooms: _Rooms,
+) -> Store:
+    """Returns a store of these bits for text and image tokens; one without parts where nothing sets them apart."""
+    if not (form.sinks or rooms.images):
+        return make(bits[0], side, _quantizer(form, side, shape[3]), shape[2], form.window)
+    return Split(
+        text=make(bits[0], side, _quantizer(form, side, shape[3]), _whole(rooms.text - form.sinks, form), form.window),
+        sinks=Dense.empty((*shape[:2], form.sinks, shape[3]), exact) if form.sinks else None,
+        # No window: the latest image tokens are old ones as soon as text follows.
+        visual=make(bits[1], side, _quantizer(form, side, shape[3], True), _whole(rooms.images, form), 0)
+        if rooms.images
+        else None,
+        capacity=shape[2],
+    )
+
+
+def _empty(layers: tuple[tuple[Store, Store], ...], form: CacheFormat, shape: Shape) -> Cache:
+    apart = any(isinstance(store, Split) and store.visual is not None for layer in layers for store in layer)
+    visual = jnp.zeros((shape[0], shape[2]), bool) if apart else None
+    return Cache(layers, jnp.zeros(shape[0], jnp.int32), visual, form)
+
+
+def _kept_apart(form: CacheFormat, side: Side, bits: int, visual_bits: int) -> bool:
+    return bits != visual_bits or (side == "values" and form.visual_values != "channels")
+
+
+def _quantizer(form: CacheFormat, side: Side, head_dim: int, visual: bool = False) -> Quantizer:
+    return form.key_quantizer(head_dim) if side == "keys" else form.value_quantizer(head_dim, visual)
+
+
+def _shape(text: TextConfig, form: CacheFormat, batch: int, capacity: int) -> Shape:
+    return batch, text.kv_heads, _whole(capacity, form), text.head_dim
+
+
+def _whole(tokens: int, form: CacheFormat) -> int:
+    """Returns the tokens rounded up to whole groups, at least one."""
+    groups = -(-max(tokens, 1) // form.settled_together)
+    return groups * form.settled_together

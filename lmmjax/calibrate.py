@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from kernels.rope import rotations
 from lmmjax import llava
-from lmmjax.cache import PlainAttention
+from lmmjax.attention import PlainAttention
 from lmmjax.config import LlavaConfig
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
 from lmmjax.layers import Linear
 from lmmjax.llava import Params
-from lmmjax.text import DecoderLayer, rotations
+from lmmjax.text import DecoderLayer
 
 LayerStatistics = dict[str, Float[Array, "in"]]
 """For each of a layer's seven linears, the mean square of every input over the chosen tokens."""
@@ -81,7 +82,8 @@ def _embedded(
 
 def _run_layer(config: LlavaConfig, layer: Params, x: Float[Array, "b t e"], mask: Bool[Array, "b t t"]) -> Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    arguments = (x, rotations(positions, config.text), PlainAttention(mask))
+    rotation = rotations(positions, config.text.head_dim, config.text.rope_theta)
+    arguments = (x, rotation, PlainAttention(mask))
     out, _ = DecoderLayer(config.text).apply({"params": layer}, *arguments)  # pyright: ignore[reportGeneralTypeIssues]
     return out
 

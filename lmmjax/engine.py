@@ -16,7 +16,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from kernels import attend
 from lmmjax import llava
-from lmmjax.cache import Cache, CachedAttention, empty_cache
+from lmmjax.attention import CachedAttention
+from lmmjax.cache import Cache, empty_cache
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
@@ -57,8 +58,7 @@ def prefill(
     backend: str | None = None,
 ) -> State:
     """Returns the state with the prompts in its cache and the first token of every answer. Consumes `state`."""
-    x = llava.embed(config, params, tokens, images, lengths)
-    states, cache = llava.extend(config, params, state.cache, x, lengths, backend)
+    states, cache = _append(config, params, state.cache, tokens, lengths, images, backend)
     last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _write(state.replace(cache=cache), llava.logits(config, params, last))
 
@@ -117,9 +117,16 @@ def start(
     before = np.zeros_like(lengths) if past is None else np.asarray(past.lengths)
     _check_prompts(config, tokens, lengths, images, before)
     batch, t = tokens.shape
-    capacity = cache_capacity(config, t, max_tokens) if past is None else past.capacity
+    visual = (np.asarray(llava.image_tokens(config, jnp.asarray(tokens), jnp.asarray(lengths)))).sum(1)
+    if past is None:
+        apart = plan is not None and plan.splits_images
+        room = int(visual.max()) if apart else 0
+        capacity = cache_capacity(config, int((lengths - visual).max()) if apart else t, max_tokens) + room
+        cache = new_cache(config, params, plan, batch, capacity, room)
+    else:
+        past.check_room(lengths, visual)
+        cache, capacity = past, past.capacity
     limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - before - lengths)
-    cache = new_cache(config, params, plan, batch, capacity) if past is None else past
     state = State(
         cache=cache,
         answer=jnp.zeros((batch, cache.capacity), jnp.int32),
@@ -146,15 +153,11 @@ def read(
     backend: str | None = None,
 ) -> Cache:
     """Returns the cache with beginnings of prompts appended, which `start` takes as `past`. Consumes `cache`."""
-    return llava.extend(config, params, cache, llava.embed(config, params, tokens, images, lengths), lengths, backend)[
-        1
-    ]
+    return _append(config, params, cache, tokens, lengths, images, backend)[1]
 
 
-@jax.jit
-def rows(cache: Cache, at: Int[Array, "b"]) -> Cache:
-    """Returns a new cache whose rows are these of a cache's, each as often as it is named."""
-    return jax.tree.map(lambda leaf: leaf[at], cache)
+rows = jax.jit(Cache.rows)
+"""`Cache.rows` as a program."""
 
 
 def generate(
@@ -183,9 +186,15 @@ def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:
     return min(bucket(t + max_tokens), max(t, config.text.context))
 
 
-def new_cache(config: LlavaConfig, params: Params, plan: Plan | None, batch: int, capacity: int) -> Cache:
-    """Returns an empty cache in the plan's formats; without a plan dense, in the weights' dtype."""
-    return empty_cache(config.text, plan or uniform(config.text), batch, capacity, None if plan else _dtype(params))
+def new_cache(
+    config: LlavaConfig, params: Params, plan: Plan | None, batch: int, capacity: int, images: int = 0
+) -> Cache:
+    """Returns an empty cache in the plan's formats; without a plan dense, in the weights' dtype.
+
+    `images` of the capacity's tokens are image tokens at most; see `empty_cache`.
+    """
+    dtype = None if plan else _dtype(params)
+    return empty_cache(config.text, plan or uniform(config.text), batch, capacity, dtype, images)
 
 
 def backends(config: LlavaConfig, params: Params, cache: Cache, t: int, name: str | None = None) -> tuple[str, ...]:
@@ -198,12 +207,24 @@ def backends(config: LlavaConfig, params: Params, cache: Cache, t: int, name: st
     k = jax.ShapeDtypeStruct((batch, text.kv_heads, t, text.head_dim), dtype)
 
     def run(cache: Cache, q: Array, k: Array, v: Array) -> None:
+        rotation = llava.turn(config, jnp.arange(t)[None])
+        positions = llava.turn(config, jnp.arange(cache.capacity)[None])
         for keys, values in cache.layers:
-            CachedAttention(keys, values, cache.lengths, cache.lengths, cache.round_own, name)(q, k, v)
+            rows = cache.lengths, cache.lengths, cache.visual
+            CachedAttention(keys, values, *rows, positions, cache.form, name)(q, k, v, rotation)
 
     with attend.recorded() as names:
         jax.eval_shape(run, cache, q, k, k)
     return tuple(dict.fromkeys(names))
+
+
+def _append(
+    config: LlavaConfig, params: Params, cache: Cache, tokens: Array, lengths: Array, images: Any, backend: str | None
+) -> tuple[Float[Array, "b t e"], Cache]:
+    """Returns the final states of prompts, and the cache with them appended."""
+    x = llava.embed(config, params, tokens, images, lengths)
+    visual = llava.image_tokens(config, tokens, lengths)
+    return llava.extend(config, params, cache, x, lengths, backend, visual)
 
 
 def _dtype(params: Params) -> str:

@@ -28,11 +28,12 @@ LogProbs = Float[Array, "b n v"]
 class Batch:
     """Samples ready for the decoder; n is the largest number of counted tokens a row.
 
-    `at` are the positions of the counted tokens, `targets` the tokens there. `counted` says which of the n are
-    real, `answers` which belong to the answer.
+    `visual` says which of the embeddings are image tokens, `at` are the positions of the counted tokens, `targets` the
+    tokens there. `counted` says which of the n are real, `answers` which belong to the answer.
     """
 
     x: Float[Array, "b t e"]
+    visual: Bool[Array, "b t"]
     lengths: Int[Array, "b"]
     at: Int[Array, "b n"]
     targets: Int[Array, "b n"]
@@ -109,6 +110,7 @@ def batches(
         counted = np.take_along_axis(wanted[rows], at, 1) & real[:, None]
         yield Batch(
             x=llava.embed_prompts(config, params, encoded.tokens[rows], encoded.lengths[rows], encoded.pixels[rows]),
+            visual=llava.image_tokens(config, jnp.asarray(encoded.tokens[rows]), jnp.asarray(encoded.lengths[rows])),
             lengths=jnp.asarray(encoded.lengths[rows]),
             at=jnp.asarray(at),
             targets=jnp.asarray(np.take_along_axis(encoded.tokens[rows], at, 1)),
@@ -119,7 +121,7 @@ def batches(
 
 def log_probs(config: LlavaConfig, params: Params, cache: Cache, batch: Batch) -> LogProbs:
     """Returns the predictions of a batch's counted tokens; `cache` is empty, of the batch's size, with room."""
-    states, _ = llava.extend(config, params, cache, batch.x, batch.lengths)
+    states, _ = llava.extend(config, params, cache, batch.x, batch.lengths, visual=batch.visual)
     before = jnp.take_along_axis(states, (batch.at - 1)[..., None], axis=1)
     return jax.nn.log_softmax(llava.logits(config, params, before), axis=-1)
 

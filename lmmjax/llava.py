@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lmmjax.cache import Cache, CachedAttention, PlainAttention
+from kernels.rope import Rotation, rotations
+from lmmjax.attention import CachedAttention, PlainAttention
+from lmmjax.cache import Cache
 from lmmjax.config import LlavaConfig
 from lmmjax.layers import ACTIVATIONS, Linear
 from lmmjax.text import Decoder
@@ -105,6 +107,14 @@ def embed(
     return x if images is None else merge(config, tokens, x, images)
 
 
+def image_tokens(
+    config: LlavaConfig, tokens: Int[Array, "b t"], lengths: Int[Array, "b"] | None = None
+) -> Bool[Array, "b t"]:
+    """Returns which tokens of right-padded prompts stand for images."""
+    real = True if lengths is None else jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return (tokens == config.image_token) & real
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def embed_prompts(
     config: LlavaConfig,
@@ -124,18 +134,28 @@ def extend(
     x: Float[Array, "b t e"],
     counts: Int[Array, "b"],
     backend: str | None = None,
+    visual: Bool[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t e"], Cache]:
     """Returns the final states of t more embeddings a row, and the cache with counts[b] of them appended.
 
     Serves prefill (an empty cache), a decode step (t = 1) and everything between; states past a row's count
-    mean nothing. The caller sees to it that the cache has room.
+    mean nothing. `visual` says which of the embeddings are image tokens; None: none. The caller sees to it that the
+    cache has room (`Cache.check_room`).
     """
+    cache = cache.mark(visual, counts)
+    every = turn(config, jnp.arange(cache.capacity)[None]) if cache.form.keys == "before_rope" else None
     attends = [
-        CachedAttention(keys, values, cache.lengths, counts, cache.round_own, backend) for keys, values in cache.layers
+        CachedAttention(keys, values, cache.lengths, counts, cache.visual, every, cache.form, backend)
+        for keys, values in cache.layers
     ]
     positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
     states, layers = _apply(config, params, Llava.decode, x, positions, attends)
     return states, cache.replace(layers=layers, lengths=cache.lengths + counts)
+
+
+def turn(config: LlavaConfig, positions: Int[Array, "b t"]) -> Rotation:
+    """Returns the decoder's rotary embedding of these positions."""
+    return rotations(positions, config.text.head_dim, config.text.rope_theta)
 
 
 def forward(

@@ -2,31 +2,65 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kernels.quantize import PACKED_BITS
+from kernels.quantize import PACKED_BITS, Quantizer
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 
 BITS = (16, *PACKED_BITS)
 """The widths of keys and values; 16 is exact, in the cache's dtype."""
-DTYPES = ("bfloat16", "float16", "float32")
-VERSION = 1
+CHOICES = {
+    "key_axis": ("tokens", "channels"),
+    "visual_values": ("tokens", "channels"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "metadata": ("float16", "float8"),
+    "keys": ("after_rope", "before_rope"),
+    "rotate_values": ("no", "online", "folded"),
+    "codebook": ("uniform", "normal"),
+}
+"""What each field of a CacheFormat may say."""
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheFormat:
-    """How quantized layers keep their tokens: groups of `group`, at least the latest `window` tokens exact.
+    """How quantized layers keep their tokens, whatever their bits. The defaults are KIVI's scheme without a window.
 
-    `dtype` is that of exact tokens, and what "dense bytes" means. `quantize_prefill` says whether the prompt's
-    own queries see rounded keys and values, as the decode steps after them do.
+    Args:
+        group, value_group: members of a group of keys and of values (None: as keys). Along channels, the largest
+            common divisor with head_dim.
+        key_axis: what the keys' groups run along: tokens (a scale a channel) or channels (a scale a token).
+        visual_values: the same for the values of image tokens; text's run along channels.
+        window: at least so many of the latest tokens are exact; a multiple of the group.
+        sinks: so many of the first tokens are exact.
+        dtype: that of exact tokens, and what "dense bytes" means.
+        metadata: that of groups' spans and zeros.
+        keys: whether keys are quantized before or after RoPE.
+        rotate_keys: whether queries and keys are turned by a Hadamard matrix, after RoPE.
+        rotate_values: whether values are: "folded" into the weights of v and o, or "online", which leaves pruned
+            weights their zeros.
+        clip: whether each group's range is narrowed to where the squared error is least.
+        codebook: even levels, or those that suit normal values.
+        quantize_prefill: whether the prompt's own queries see rounded keys and values, as decode steps do.
     """
 
     group: int = 32
+    value_group: int | None = None
+    key_axis: str = "tokens"
+    visual_values: str = "channels"
     window: int = 0
+    sinks: int = 0
     dtype: str = "bfloat16"
+    metadata: str = "float16"
+    keys: str = "after_rope"
+    rotate_keys: bool = False
+    rotate_values: str = "no"
+    clip: bool = False
+    codebook: str = "uniform"
     quantize_prefill: bool = True
 
     def __post_init__(self):
@@ -35,20 +69,51 @@ class CacheFormat:
                 f"cache: got group {self.group}, window {self.window}; expected a group of at least 1 and a window that"
                 " is a multiple of it"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"cache: got dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.sinks < 0 or (self.value_group is not None and self.value_group < 1):
+            raise InputError(
+                f"cache: got sinks {self.sinks}, value_group {self.value_group}; expected >= 0 and >= 1 (or null)"
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"cache: got {name} {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.rotate_keys and self.keys == "before_rope":
+            raise InputError("cache: rotate_keys turns keys after RoPE, but keys is before_rope; choose one of them")
+
+    @property
+    def settled_together(self) -> int:
+        """Tokens that a capacity is a multiple of: whole groups of whatever runs along tokens."""
+        along = [self.group] if self.key_axis == "tokens" else []
+        along += [self.value_group or self.group] if self.visual_values == "tokens" else []
+        return math.lcm(*along)
+
+    def key_quantizer(self, head_dim: int) -> Quantizer:
+        """Returns how keys of this many channels are rounded."""
+        return self._quantizer(self.key_axis, self.group, head_dim)
+
+    def value_quantizer(self, head_dim: int, visual: bool = False) -> Quantizer:
+        """Returns how values of this many channels are rounded, those of image tokens or of text."""
+        axis = self.visual_values if visual else "channels"
+        return self._quantizer(axis, self.value_group or self.group, head_dim)
+
+    def _quantizer(self, axis: Any, group: int, head_dim: int) -> Quantizer:
+        members = group if axis == "tokens" else math.gcd(group, head_dim)
+        options: Any = {name: getattr(self, name) for name in ("clip", "codebook", "metadata")}
+        return Quantizer(axis, members, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
     """One decoder layer: bits of its keys and values, and inputs dropped in each output row of its linears.
 
+    Image tokens have bits of their own where `visual_key_bits` or `visual_value_bits` say so; None: as text.
     Counts, not ratios: they are what a mask realizes, and sums of them are exact.
     """
 
     key_bits: int = 16
     value_bits: int = 16
     drop: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(LINEARS, 0))
+    visual_key_bits: int | None = None
+    visual_value_bits: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +144,18 @@ class Plan:
     def prunes(self) -> bool:
         return any(count for layer in self.layers for count in layer.drop.values())
 
+    @property
+    def splits_images(self) -> bool:
+        """Whether some layer keeps image tokens otherwise than text."""
+        return any(
+            bits != (bits if visual is None else visual) or (axis != "channels" and bits < 16)
+            for layer in self.layers
+            for bits, visual, axis in (
+                (layer.key_bits, layer.visual_key_bits, "channels"),
+                (layer.value_bits, layer.visual_value_bits, self.cache.visual_values),
+            )
+        )
+
     def sparsity(self, text: TextConfig) -> float:
         """Returns the dropped share of the prunable weights, weighted by parameters."""
         outputs = {name: text.linear_shape(name)[1] for name in LINEARS}
@@ -90,8 +167,9 @@ class Plan:
         if len(self.layers) != text.layers:
             raise InputError(f"plan: got {len(self.layers)} layers, expected the model's {text.layers}")
         for index, layer in enumerate(self.layers):
-            for side, bits in (("key_bits", layer.key_bits), ("value_bits", layer.value_bits)):
-                if bits not in BITS:
+            for side in ("key_bits", "value_bits", "visual_key_bits", "visual_value_bits"):
+                bits = getattr(layer, side)
+                if bits not in BITS and not (side.startswith("visual") and bits is None):
                     raise InputError(f"plan: layers[{index}].{side} is {bits!r}, expected one of {BITS}")
             if set(layer.drop) != set(LINEARS):
                 raise InputError(f"plan: layers[{index}].drop names {sorted(layer.drop)}, expected {sorted(LINEARS)}")
@@ -99,6 +177,11 @@ class Plan:
                 width = text.linear_shape(name)[0]
                 if not 0 <= count <= width:
                     raise InputError(f"plan: layers[{index}].drop.{name} is {count}, expected 0 to {width}")
+            if self.cache.rotate_values == "folded" and (layer.drop["v"] or layer.drop["o"]):
+                raise InputError(
+                    f"plan: layers[{index}].drop takes weights of v or o, which cache.rotate_values folded fills again;"
+                    " use online"
+                )
         return self
 
     def to_json(self) -> str:
@@ -115,8 +198,8 @@ class Plan:
             raw = _mapping(json.loads(text), "plan")
         except json.JSONDecodeError as error:
             raise InputError(f"plan: not JSON ({error})") from error
-        if raw.get("version") != VERSION:
-            raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads {VERSION}")
+        if raw.get("version") not in (1, VERSION):
+            raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads 1 and {VERSION}")
         if not isinstance(raw.get("layers"), list):
             raise InputError("plan.layers: expected a list, one entry a decoder layer")
         built: dict[str, Any] = {
@@ -124,7 +207,8 @@ class Plan:
         }
         for name, kind in (("calibration", Calibration), ("cache", CacheFormat)):
             built |= {name: _build(kind, raw[name], name)} if name in raw else {}
-        return _build(cls, {**raw, **built}, "plan")
+        # Version 1 had fewer fields; what it leaves out has the defaults, which mean what it meant.
+        return _build(cls, {**raw, **built, "version": VERSION}, "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -141,6 +225,9 @@ def uniform(text: TextConfig, *, drop: Mapping[str, int] | None = None, bits: in
     return Plan((layer,) * text.layers, **settings)
 
 
+_CHECKED: dict[Any, tuple[type, ...]] = {int: (int,), bool: (bool,), str: (str,), int | None: (int, type(None))}
+
+
 def _build(kind: type, raw: Any, where: str) -> Any:
     """Returns the dataclass of these values, after a look at their names and types."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -149,7 +236,7 @@ def _build(kind: type, raw: Any, where: str) -> Any:
     for name, value in raw.items():
         expected = fields[name].type
         # type(), for a bool is an int to isinstance
-        if expected in (int, bool, str) and type(value) is not expected:
+        if expected in _CHECKED and type(value) not in _CHECKED[expected]:
             raise InputError(f"{where}.{name}: got {value!r}, expected {getattr(expected, '__name__', expected)}")
     for name, count in _mapping(raw.get("drop", {}), f"{where}.drop").items():
         if type(count) is not int:

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmmjax.cache import Attend
+from kernels.rope import Rotation, rotations
+from lmmjax.attention import Attend
 from lmmjax.config import TextConfig
 from lmmjax.layers import Linear, RMSNorm
-
-Rotation = tuple[Float[Array, "b 1 t d"], Float[Array, "b 1 t d"]]
-"""Cosines and sines of every position."""
 
 
 class Attention(nn.Module):
@@ -29,9 +27,8 @@ class Attention(nn.Module):
             y = Linear(heads * config.head_dim, name=name)(x)
             return y.reshape(*x.shape[:2], heads, config.head_dim).transpose(0, 2, 1, 3)
 
-        q = rotate(split("q", config.heads), rotation)
-        k = rotate(split("k", config.kv_heads), rotation)
-        mixed, kept = attend(q, k, split("v", config.kv_heads))
+        q, k, v = split("q", config.heads), split("k", config.kv_heads), split("v", config.kv_heads)
+        mixed, kept = attend(q, k, v, rotation)
         merged = mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         return Linear(config.width, name="o")(merged), kept
 
@@ -81,7 +78,7 @@ class Decoder(nn.Module):
         self, x: Float[Array, "b t e"], positions: Int[Array, "b t"], attends: Sequence[Attend]
     ) -> tuple[Float[Array, "b t e"], tuple[Any, ...]]:
         """Returns the normed final states, and what each layer's attention keeps."""
-        rotation = rotations(positions, self.config)
+        rotation = rotations(positions, self.config.head_dim, self.config.rope_theta)
         kept = []
         for layer, attend in zip(self.layers, attends, strict=True):
             x, keep = layer(x, rotation, attend)
@@ -92,19 +89,3 @@ class Decoder(nn.Module):
         """Returns float32 logits of final states."""
         logits = states @ self.embedding.T if self.config.tied else self.lm_head(states)
         return logits.astype(jnp.float32)
-
-
-def rotations(positions: Int[Array, "b t"], config: TextConfig) -> Rotation:
-    """Returns the rotary cosines and sines in float32, halves repeated. Source: RoFormer, arXiv:2104.09864."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[:, None, :, None].astype(jnp.float32) / config.rope_theta**exponent
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "b h t d"], rotation: Rotation) -> Float[Array, "b h t d"]:
-    """Returns x rotated in float32, pairing channel i with i + d/2 as Hugging Face's weights expect."""
-    cos, sin = rotation
-    x32 = x.astype(jnp.float32)
-    low, high = jnp.split(x32, 2, axis=-1)
-    return (x32 * cos + jnp.concatenate([-high, low], axis=-1) * sin).astype(x.dtype)

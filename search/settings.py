@@ -76,7 +76,7 @@ class Settings:
     def form(self) -> "CacheFormat":
         from lmmjax.plan import CacheFormat
 
-        return CacheFormat(self.group, self.window)
+        return CacheFormat(group=self.group, window=self.window)
 
     def space(self, text: "TextConfig") -> "Space":
         """Returns the space to search.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kernels import attend as op
+from kernels.quantize import Quantizer
 from kernels.reference import Append
 from kernels.stores import Dense, Packed
 
@@ -16,8 +17,11 @@ def draw(seed, *shape):
 
 
 def filled(kind, x, lengths, axis="tokens"):
-    shape = (B, K, S, D)
-    store = Dense.empty(shape, jnp.float32) if kind == 16 else Packed.empty(shape, kind, axis, 4, 0, jnp.float32)
+    shape, side = (B, K, S, D), "keys" if axis == "tokens" else "values"
+    if kind == 16:
+        store = Dense.empty(shape, jnp.float32)
+    else:
+        store = Packed.empty(shape, kind, side, Quantizer(axis, 4), 0, jnp.float32)
     return store.append(x, jnp.zeros(B, jnp.int32), lengths)
 
 

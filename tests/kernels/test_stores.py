@@ -7,121 +7,235 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import quantize
-from kernels.stores import Dense, Packed, Rounded, exact_view, settled
+from kernels import quantize, words
+from kernels.quantize import PACKED_BITS, Quantizer
+from kernels.stores import Dense, Packed, Rounded, Split, exact_view, settled
 
 CAPACITY, DIM, HEADS = 24, 8, 2
-KINDS = ["dense", *(f"{kind}{bits}" for kind in ("packed", "rounded") for bits in quantize.PACKED_BITS)]
+KINDS = ["dense", *(f"{kind}{bits}" for kind in ("packed", "rounded") for bits in PACKED_BITS)]
+AXES = {"keys": "tokens", "values": "channels"}
+ZERO = jnp.zeros(2, jnp.int32)
+VISUAL = jnp.asarray(np.random.default_rng(9).random((2, CAPACITY)) < 0.4)
 
 
-def make(kind: str, axis: str, window: int, batch: int = 2):
-    shape = (batch, HEADS, CAPACITY, DIM)
+def make(kind: str, side: str, window: int = 0, capacity: int = CAPACITY, axis: str | None = None, **options):
+    shape, quantizer = (2, HEADS, capacity, DIM), Quantizer(axis or AXES[side], 4, **options)
     if kind == "dense":
         return Dense.empty(shape, jnp.bfloat16)
-    family = Packed if kind.startswith("packed") else Rounded
-    return family.empty(shape, int(kind[-1]), axis, 4, window, jnp.bfloat16)
+    if kind.startswith("split"):
+        return Split(
+            text=make(f"packed{kind[-1]}", side, window),
+            sinks=Dense.empty((2, HEADS, 2, DIM), jnp.bfloat16),
+            visual=make("packed2", side, axis="tokens"),
+            capacity=capacity,
+        )
+    if kind.startswith("packed"):
+        return Packed.empty(shape, int(kind[-1]), side, quantizer, window, jnp.bfloat16)
+    return Rounded.empty(shape, int(kind[-1]), quantizer, window, jnp.bfloat16)
 
 
-def tokens(seed: int, count: int = CAPACITY, batch: int = 2):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, HEADS, count, DIM)), jnp.float32)
+def tokens(seed: int, count: int = CAPACITY):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((2, HEADS, count, DIM)), jnp.float32)
 
 
 @jax.jit
 def append(store, new, starts, counts):
-    return store.append(new, starts, counts)
+    return store.append(new, starts, counts, VISUAL)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("axis", ["tokens", "channels"])
+def held(x):
+    """Values as a store of bfloat16 keeps them, in float32."""
+    return np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "split3"])
+@pytest.mark.parametrize("side", AXES)
 @pytest.mark.parametrize("window", [0, 8])
 @given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6), short=st.integers(0, 5))
-@settings(max_examples=6, deadline=None)
-def test_a_prefill_leaves_what_appends_leave(kind, axis, window, seed, cuts, short):
+@settings(max_examples=5, deadline=None)
+def test_a_prefill_leaves_what_appends_leave(kind, side, window, seed, cuts, short):
     """Bit for bit, whatever the cuts; the rows have unequal lengths."""
-    total = sum(cuts[:6])
-    lengths = jnp.asarray([min(total, CAPACITY), max(min(total, CAPACITY) - short, 0)])
+    total = min(sum(cuts), CAPACITY)
+    lengths = jnp.asarray([total, max(total - short, 0)])
     x = tokens(seed)
-    whole = append(make(kind, axis, window), x, jnp.zeros(2, jnp.int32), lengths)
-    store, start = make(kind, axis, window), 0
+    whole = append(make(kind, side, window), x, ZERO, lengths)
+    store, start = make(kind, side, window), 0
     for cut in cuts:
         part = jnp.take(x, jnp.clip(jnp.arange(start, start + 5), 0, CAPACITY - 1), axis=2)  # one shape, one program
         starts = jnp.minimum(start, lengths)
         store = append(store, part, starts, jnp.clip(lengths - starts, 0, cut))
         start += cut
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(store), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(whole, store)
 
 
-@pytest.mark.parametrize("bits", quantize.PACKED_BITS)
-@pytest.mark.parametrize("axis", ["tokens", "channels"])
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("side", AXES)
+@pytest.mark.parametrize("options", [{}, {"clip": True, "metadata": "float8"}, {"codebook": "normal"}])
 @given(seed=st.integers(0, 99), lengths=st.lists(st.integers(0, CAPACITY), min_size=2, max_size=2))
-@settings(max_examples=8, deadline=None)
-def test_packed_equals_rounded(bits, axis, seed, lengths):
+@settings(max_examples=5, deadline=None)
+def test_packed_equals_rounded(bits, side, options, seed, lengths):
     lengths = jnp.asarray(lengths)
-    zero = jnp.zeros(2, jnp.int32)
-    packed = append(make(f"packed{bits}", axis, 8), tokens(seed), zero, lengths)
-    rounded = append(make(f"rounded{bits}", axis, 8), tokens(seed), zero, lengths)
+    packed = append(make(f"packed{bits}", side, 8, **options), tokens(seed), ZERO, lengths)
+    rounded = append(make(f"rounded{bits}", side, 8, **options), tokens(seed), ZERO, lengths)
     np.testing.assert_allclose(packed.read(lengths), rounded.read(lengths), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", AXES)
 @pytest.mark.parametrize("window", [0, 4, 8])
-def test_the_window_is_exact_and_the_rest_is_rounded(kind, window):
-    x, length = tokens(3), 23
+def test_the_window_is_exact_and_the_rest_is_rounded(kind, side, window):
+    x, length, step = tokens(3), 23, 4 if side == "keys" else 1
     lengths = jnp.full(2, length)
-    store = append(make(kind, "tokens", window), x, jnp.zeros(2, jnp.int32), lengths)
-    read, exact = np.asarray(store.read(lengths)), np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32))
-    done = 0 if kind == "dense" else (length - window) // 4 * 4
+    store = append(make(kind, side, window), x, ZERO, lengths)
+    read, exact = np.asarray(store.read(lengths)), held(x)
+    done = 0 if kind == "dense" else (length - window) // step * step
     np.testing.assert_array_equal(read[:, :, done:length], exact[:, :, done:length])
     np.testing.assert_array_equal(read[:, :, length:], 0)
+    np.testing.assert_array_equal(store.rounded(lengths[:, None])[:, 0], np.arange(CAPACITY) < np.full((2, 1), done))
     if done:
-        assert int(store.settled(lengths)[0]) == done
-        rounded = quantize.round_groups(jnp.asarray(exact[:, :, :done]), int(kind[-1]), 4, "tokens")
+        quantizer = Quantizer(AXES[side], 4)
+        rounded = quantize.round_groups(jnp.asarray(exact[:, :, :done]), int(kind[-1]), quantizer)
         np.testing.assert_allclose(read[:, :, :done], rounded, rtol=1e-6, atol=1e-6)
         assert np.abs(read[:, :, :done] - exact[:, :, :done]).max() > 1e-4
 
 
 @given(n=st.integers(0, 500), group=st.sampled_from([1, 4, 32]), blocks=st.integers(0, 4))
 @settings(deadline=None)
-def test_settled_is_whole_blocks_behind_the_window(n, group, blocks):
+def test_settled_is_whole_groups_behind_the_window(n, group, blocks):
     window = group * blocks
-    done = int(settled(jnp.asarray(n), group, window))
+    done = int(settled(jnp.asarray(n), Quantizer("tokens", group), window))
     assert done % group == 0
     assert 0 <= done <= max(n - window, 0)
     assert n - done < window + group
+    assert int(settled(jnp.asarray(n), Quantizer("channels", group), window)) == max(n - window, 0)
 
 
-def test_exact_view_shows_new_tokens_unrounded():
+@pytest.mark.parametrize("kind", ["packed2", "split4"])
+@pytest.mark.parametrize("side", AXES)
+def test_exact_view_shows_new_tokens_unrounded(kind, side):
     x, starts = tokens(5), jnp.asarray([8, 3])
-    store = append(make("packed2", "tokens", 0), x, jnp.zeros(2, jnp.int32), starts)
-    view = exact_view(store, x[:, :, :6], starts)
-    held = np.asarray(x[:, :, :6].astype(jnp.bfloat16).astype(jnp.float32))
+    store = append(make(kind, side), x, ZERO, starts)
+    view = exact_view(store, x[:, :, :6], starts, VISUAL)
     for row, start in enumerate((8, 3)):
-        np.testing.assert_array_equal(view[row, :, start : start + 6], held[row])
-        np.testing.assert_array_equal(view[row, :, :start], store.read(starts)[row, :, :start])
+        np.testing.assert_array_equal(view[row, :, start : start + 6], held(x[:, :, :6])[row])
+        np.testing.assert_array_equal(view[row, :, :start], store.read(starts, VISUAL)[row, :, :start])
 
 
-@pytest.mark.parametrize("axis", ["tokens", "channels"])
-@pytest.mark.parametrize("bits", quantize.PACKED_BITS)
-def test_bytes_are_the_formula(axis, bits):
-    store = make(f"packed{bits}", axis, 8, batch=3)
-    rows, group = 3 * HEADS, 4
-    groups = CAPACITY // group * DIM if axis == "tokens" else CAPACITY * (DIM // group)
-    expected = rows * (CAPACITY * DIM * bits // 8 + groups * 2 * 2 + (8 + group) * DIM * 2)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(store)) == expected
+@pytest.mark.parametrize("side", AXES)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_bytes_are_the_formula(side, bits):
+    store = make(f"packed{bits}", side, 8, capacity=64)
+    rows, meta = 2 * HEADS, 64 * DIM // 4 * 2 * 2
+    outer, packed = (64, DIM) if side == "keys" else (DIM, 64)
+    codes = sum(outer * words.count(packed, width) * 2 for width in words.PLANES[bits])
+    ring = (8 + (4 if side == "keys" else 0)) * DIM * 2
+    assert store.sizes == {"codes": rows * codes, "scales": rows * meta, "exact": rows * ring}
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(store)) == sum(store.sizes.values())
+    if side == "values":
+        assert codes == 64 * DIM * bits // 8
+
+
+@pytest.mark.parametrize("side", AXES)
+def test_a_split_store_deals_tokens_to_its_parts(side):
+    """Sinks are exact, image tokens as a store of their own holds them, text as another: each in order."""
+    x, lengths = tokens(6), jnp.asarray([22, 9])
+    store = append(make("split4", side), x, ZERO, lengths)
+    read, visual = np.asarray(store.read(lengths, VISUAL)), np.asarray(VISUAL)
+    for row, length in enumerate((22, 9)):
+        at = np.arange(length)
+        for part, own in (("visual", (at >= 2) & visual[row, :length]), ("text", (at >= 2) & ~visual[row, :length])):
+            alone = make("packed2", side, axis="tokens") if part == "visual" else make("packed4", side)
+            count = jnp.full(2, own.sum())
+            mine = x[:, :, at[own]]
+            alone = alone.append(mine, ZERO, count).read(count)[row, :, : own.sum()]
+            np.testing.assert_array_equal(read[row][:, at[own]], alone)
+        np.testing.assert_array_equal(read[row, :, :2], held(x)[row, :, :2])
+        np.testing.assert_array_equal(read[row, :, length:], 0)
+    assert store.sizes == {
+        kind: sum(part.sizes[kind] for part in (store.text, store.visual, store.sinks)) for kind in store.sizes
+    }
+
+
+def test_a_split_store_must_be_told_what_is_an_image():
+    with pytest.raises(ValueError, match="visual: got None"):
+        make("split4", "keys").append(tokens(0), ZERO, ZERO + 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed3", "rounded3", "split4"])
+@pytest.mark.parametrize("side", AXES)
+@pytest.mark.parametrize("window", [0, 8])
+@given(kept=st.integers(0, 20), more=st.integers(0, 4))
+@settings(max_examples=8, deadline=None)
+def test_a_cropped_row_keeps_what_it_shows_and_goes_on(kind, side, window, kept, more):
+    x, lengths, kept = tokens(7), jnp.asarray([20, 17]), jnp.asarray([kept, min(kept, 16)])
+    store = append(make(kind, side, window), x, ZERO, lengths)
+    before = np.asarray(store.read(lengths, VISUAL))
+    store = store.crop(lengths, kept, VISUAL)
+    after, exact = np.asarray(store.read(kept, VISUAL)), held(x)
+    for row, n in enumerate(np.asarray(kept)):
+        kept_as_seen = (after[row] == before[row]) | (after[row] == held(jnp.asarray(before))[row])
+        kept_as_seen |= after[row] == exact[row]
+        assert kept_as_seen[:, :n].all()
+        np.testing.assert_array_equal(after[row, :, n:], 0)
+    fresh = tokens(8)
+    store = append(store, fresh, kept, jnp.full(2, more))
+    read = np.asarray(store.read(kept + more, VISUAL))
+    assert np.isfinite(read).all()
+    for row, n in enumerate(np.asarray(kept)):
+        np.testing.assert_array_equal(read[row, :, n + more :], 0)
+        np.testing.assert_allclose(read[row, :, n : n + more], held(fresh)[row, :, :more], atol=3)
+
+
+@pytest.mark.parametrize(("side", "window"), [("keys", 8), ("values", 0)])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_crop_within_the_ring_leaves_no_trace(side, window, cut):
+    """What was cut off is as if it had never been there: a draft taken back."""
+    x, lengths = tokens(9), jnp.asarray([16, 19])
+    kept = lengths - cut
+    cropped = append(make("packed3", side, window), x, ZERO, lengths).crop(lengths, kept)
+    never = append(make("packed3", side, window), x, ZERO, kept)
+    np.testing.assert_array_equal(cropped.read(kept), never.read(kept))
+    fresh, count = tokens(10), jnp.full(2, 5)
+    np.testing.assert_array_equal(
+        append(cropped, fresh, kept, count).read(kept + 5), append(never, fresh, kept, count).read(kept + 5)
+    )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "split3"])
+@pytest.mark.parametrize("side", AXES)
+def test_what_exceeds_the_capacity_is_dropped(kind, side):
+    """Nothing that is there is written over."""
+    x = tokens(11)
+    full = append(make(kind, side, 4), x, ZERO, jnp.full(2, 23))
+    over = append(full, tokens(12), jnp.full(2, 23), jnp.full(2, 7))
+    last = append(full, tokens(12), jnp.full(2, 23), jnp.full(2, 1))
+    lengths = jnp.full(2, CAPACITY)
+    np.testing.assert_array_equal(over.read(lengths, VISUAL), last.read(lengths, VISUAL))
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"bits": 3}, "bits"),
+        ({"bits": 5}, "bits"),
         ({"window": 6}, "window"),
         ({"shape": (1, 1, 22, 8)}, "capacity"),
-        ({"shape": (1, 1, 24, 6), "bits": 2}, "head_dim"),
+        ({"quantizer": Quantizer("channels", 3)}, "head_dim"),
     ],
 )
 def test_geometry_is_checked_at_the_door(arguments, named):
-    good = {"shape": (1, 1, 24, 8), "bits": 4, "axis": "tokens", "group": 4, "window": 8, "dtype": jnp.bfloat16}
+    good = {
+        "shape": (1, 1, 24, 8),
+        "bits": 4,
+        "side": "keys",
+        "quantizer": Quantizer("tokens", 4),
+        "window": 8,
+        "dtype": jnp.bfloat16,
+    }
     Packed.empty(**good)
     with pytest.raises(ValueError, match=named):
         Packed.empty(**(good | arguments))

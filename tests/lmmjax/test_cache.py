@@ -105,8 +105,9 @@ def test_predicted_bytes_are_the_buffers_bytes(plan):
     bits, text, group = plan.layers[0].key_bits, CONFIG.text, 4
     rows, capacity, d = 3 * text.kv_heads, 20, text.head_dim
     dense = capacity * d * 4
-    codes = capacity * d * bits // 8
-    ring = group * d * 4
+    planes = {16: (), 8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}[bits]
+    words = sum(capacity * -(-d // (16 // width)) + d * -(-capacity // (16 // width)) for width in planes)
+    ring = group * d * 4  # of keys alone: values settle token by token
     keys, values = capacity // group * d * 4, capacity * (d // group) * 4
-    formula = 2 * dense if bits == 16 else 2 * (codes + ring) + keys + values
+    formula = 2 * dense if bits == 16 else 2 * words + ring + keys + values
     assert real == cache.nbytes == cache_bytes(text, plan, 3, 18) == text.layers * rows * formula

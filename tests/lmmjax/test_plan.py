@@ -58,7 +58,7 @@ def changed(path: str, value):
         ("calibration.samples", True, "calibration.samples: got True, expected int"),
         ("calibration.seed", -1, "seed -1"),
         ("score", ["x"], "plan.score: got"),
-        ("version", 2, "got version 2, this lmmjax reads 1"),
+        ("version", 3, "got version 3, this lmmjax reads 1 and 2"),
     ],
 )
 def test_what_is_no_plan_is_named(path, value, named):
@@ -76,7 +76,8 @@ def test_other_json_is_refused(text):
     ("change", "named"),
     [
         ({"layers": PLAN.layers[:1]}, "got 1 layers, expected the model's 2"),
-        ({"layers": (LayerPlan(3), LayerPlan())}, r"layers\[0\].key_bits is 3"),
+        ({"layers": (LayerPlan(5), LayerPlan())}, r"layers\[0\].key_bits is 5"),
+        ({"layers": (LayerPlan(visual_value_bits=1), LayerPlan())}, r"layers\[0\].visual_value_bits is 1"),
         ({"layers": (LayerPlan(drop={"q": 1}), LayerPlan())}, r"layers\[0\].drop names"),
         ({"layers": (LayerPlan(drop=dict.fromkeys(LINEARS, 33)), LayerPlan())}, "drop.q is 33, expected 0 to 32"),
     ],

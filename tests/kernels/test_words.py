@@ -1,0 +1,64 @@
+"""The word layout: packing is undone, `place` says where a code lies, `put` writes there alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import words
+
+
+def draw(seed, *shape, bits):
+    return np.random.default_rng(seed).integers(0, 1 << bits, shape).astype(np.uint16)
+
+
+@pytest.mark.parametrize("bits", words.PLANES)
+@given(seed=st.integers(0, 99), n=st.integers(1, 40))
+@settings(max_examples=10, deadline=None)
+def test_unpack_undoes_pack_plane_by_plane(bits, seed, n):
+    codes = draw(seed, 2, 3, n, bits=bits)
+    parts = []
+    for part, width in zip(words.split(jnp.asarray(codes), bits), words.PLANES[bits], strict=True):
+        packed = words.pack(part, width, words.run_of(n, width))
+        assert packed.shape == (2, 3, words.count(n, width))
+        parts.append(words.unpack(packed, width, words.run_of(n, width), n))
+    np.testing.assert_array_equal(words.join(tuple(parts), bits), codes)
+
+
+@pytest.mark.parametrize("bits", words.PLANES)
+def test_no_bit_is_wasted_where_blocks_fit(bits):
+    assert sum(words.count(64, width) for width in words.PLANES[bits]) * 16 == 64 * bits
+
+
+@pytest.mark.parametrize(("width", "n", "run"), [(4, 256, 64), (2, 640, 16), (1, 640, 8), (4, 96, 8), (2, 20, 3)])
+def test_the_layout_is_as_the_formula_has_it(width, n, run):
+    """Field i of word t in a block of N runs is token i * run + t, at bit i * width."""
+    assert words.run_of(n, width) == run
+    codes = draw(1, n, bits=width)
+    packed = np.asarray(words.pack(jnp.asarray(codes), width, run))
+    fields = 16 // width
+    for at in range(n):
+        block, inside = divmod(at, fields * run)
+        field, word = divmod(inside, run)
+        assert packed[block * run + word] >> (field * width) & ((1 << width) - 1) == codes[at]
+        assert [int(x) for x in words.place(jnp.asarray(at), width, run)] == [block * run + word, field * width]
+
+
+def test_the_wide_plane_alone_is_the_coarser_code():
+    codes = jnp.arange(64)
+    np.testing.assert_array_equal(words.split(codes, 6)[0], codes // 4)
+    np.testing.assert_array_equal(words.split(codes % 8, 3)[0], codes % 8 // 2)
+
+
+@pytest.mark.parametrize("width", [8, 4, 2, 1])
+@pytest.mark.parametrize("capacity", [64, 24])
+def test_put_writes_where_it_is_told_and_nowhere_else(width, capacity):
+    codes, new = draw(2, 1, 2, 3, capacity, bits=width), draw(3, 1, 2, 3, 5, bits=width)
+    run = words.run_of(capacity, width)
+    plane = words.pack(jnp.asarray(codes), width, run)
+    at = np.array([[3, 7, 11, 23, capacity]])
+    written = words.put(plane, jnp.asarray(new), jnp.asarray(at), width, capacity)
+    codes[..., at[0, :-1]] = new[..., :-1]
+    np.testing.assert_array_equal(words.unpack(written, width, run, capacity), codes)
+    np.testing.assert_array_equal(written, words.pack(jnp.asarray(codes), width, run))

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
 from lmmjax.plan import Plan, uniform
+from lmmjax.planned import planned_cache
 from lmmjax.prompt import Processor, pad
 from lmmjax.runtime import Stopwatch
 from lmmjax.sample import Sampling
@@ -89,6 +90,16 @@ def load(path: Path, plan: Plan | None = None) -> Model:
     return compress(checkpoint.load(path), plan)
 
 
+def outline(path: Path, plan: Plan | None = None) -> Model:
+    """Returns what `load` would, with shapes in the place of the weights: nothing is read, pruned or allocated.
+
+    Raises:
+        InputError: as `load`, as far as it can be known.
+    """
+    stored = checkpoint.outline(path)
+    return Model(stored.config, stored.params, _chosen(stored, plan))
+
+
 def compress(stored: Checkpoint, plan: Plan | None = None) -> Model:
     """Returns a loaded checkpoint's model, compressed by `plan` if there is one, else as the checkpoint says it is.
 
@@ -97,19 +108,37 @@ def compress(stored: Checkpoint, plan: Plan | None = None) -> Model:
     Raises:
         InputError: the plan cannot be used on this checkpoint.
     """
-    if plan is None or plan == stored.plan:
-        return Model(stored.config, stored.params, stored.plan)
-    plan.check(stored.config.text)
-    done = _drops(stored.plan) if stored.plan is not None and stored.plan.prunes else None
-    if done is not None and done != _drops(plan):
-        raise InputError(f"--plan: {stored.path} is pruned by another plan; give the dense checkpoint it came from")
-    if done is not None or not plan.prunes:
-        return Model(stored.config, stored.params, plan)
+    chosen = _chosen(stored, plan)
+    if chosen is None or chosen == stored.plan:
+        return Model(stored.config, stored.params, chosen)
+    if not chosen.prunes or _drops_of(stored):
+        return Model(stored.config, _folded(stored, stored.params, chosen), chosen)
     from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs
 
-    recipe = plan.calibration
+    recipe = chosen.calibration
     print(f"pruning as the plan records, calibrated on {recipe.samples} samples of {recipe.data}", file=sys.stderr)
-    return Model(stored.config, replay(stored, plan), plan)
+    return Model(stored.config, _folded(stored, replay(stored, chosen), chosen), chosen)
+
+
+def _chosen(stored: Checkpoint, plan: Plan | None) -> Plan | None:
+    """Returns the plan that a checkpoint is used by: `plan` or else its own; raises InputError if they contradict."""
+    if plan is None or plan == stored.plan:
+        return stored.plan
+    plan.check(stored.config.text)
+    done = _drops_of(stored)
+    if done and done != _drops(plan):
+        raise InputError(f"--plan: {stored.path} is pruned by another plan; give the dense checkpoint it came from")
+    return plan
+
+
+def _folded(stored: Checkpoint, params: Params, plan: Plan) -> Params:
+    """Returns a checkpoint's params with the values' rotation folded in, or taken out again, as the plan has it."""
+    were = stored.plan is not None and stored.plan.cache.rotate_values == "folded"
+    if were == (plan.cache.rotate_values == "folded"):
+        return params
+    from lmmjax.fold import fold_values
+
+    return fold_values(stored.config.text, params)
 
 
 def answer(model: Model, processor: Processor, request: Request, show: Callable[[str], object]) -> Answer:
@@ -123,8 +152,8 @@ def answer(model: Model, processor: Processor, request: Request, show: Callable[
     config, params, plan = model
     clock = Stopwatch()
     tokens, lengths = pad([request.ids])
-    capacity = engine.cache_capacity(config, tokens.shape[1], request.max_tokens)
-    attention = _attention(model, tokens.shape[1], capacity, request.backend)
+    room = engine.room(config, plan, tokens.shape[1], [request.ids.count(config.image_token)], request.max_tokens)
+    attention = _attention(model, tokens.shape[1], room, request.backend)
     images = clock("vision", engine.encode_images, config, params, request.pixels) if len(request.pixels) else None
     settings = {
         "max_tokens": request.max_tokens,
@@ -191,12 +220,9 @@ def _settled(text: str, done: bool) -> str:
     return (text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")).removeprefix(" ")
 
 
-def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[str, tuple[str, ...]]:
+def _attention(model: Model, t: int, room: engine.Room, name: str | None) -> dict[str, tuple[str, ...]]:
     """Returns which backends will run in each phase, known before anything is computed."""
-    try:
-        cache: Any = jax.eval_shape(lambda: engine.new_cache(model.config, model.params, model.plan, 1, capacity))
-    except ValueError as error:
-        raise InputError(f"--plan: its cache does not fit this model: {error}") from error
+    cache = planned_cache(model.config, model.params, model.plan, 1, *room)
     try:
         phases = {"prefill": t, "decode": 1}
         return {phase: engine.backends(model.config, model.params, cache, step, name) for phase, step in phases.items()}
@@ -206,6 +232,11 @@ def _attention(model: Model, t: int, capacity: int, name: str | None) -> dict[st
 
 def _dense_bytes(config: LlavaConfig, plan: Plan, capacity: int) -> int:
     return cache_bytes(config.text, uniform(config.text, cache=plan.cache), 1, capacity)
+
+
+def _drops_of(stored: Checkpoint) -> list[dict[str, int]] | None:
+    """Returns what is pruned from a checkpoint's weights; None if nothing is."""
+    return _drops(stored.plan) if stored.plan is not None and stored.plan.prunes else None
 
 
 def _drops(plan: Plan) -> list[dict[str, int]]:

@@ -102,9 +102,10 @@ def groups(plan: Plan | None, asked: Sequence[Prompt], size: int) -> list[Group]
     return [_group(chunk, [members[one] for one in chunk], asked, size) for chunk in chunks]
 
 
-def capacity(config: LlavaConfig, asked: Sequence[Prompt], max_tokens: int) -> int:
-    """Returns the tokens that every row's cache has room for."""
-    return engine.cache_capacity(config, max(len(prompt.ids) for prompt in asked), max_tokens)
+def room(config: LlavaConfig, plan: Plan | None, asked: Sequence[Prompt], max_tokens: int) -> engine.Room:
+    """Returns what every row's cache has room for."""
+    images = [prompt.ids.count(config.image_token) for prompt in asked]
+    return engine.room(config, plan, max(len(prompt.ids) for prompt in asked), images, max_tokens)
 
 
 def answers(
@@ -116,7 +117,7 @@ def answers(
     is_done: Callable[[int], bool],
 ) -> Iterator[tuple[int, Answered]]:
     """Yields the number of each batch that is not done, counted through all groups, and its answers."""
-    number, room = 0, capacity(model.config, asked, max_tokens)
+    number, every = 0, room(model.config, model.plan, asked, max_tokens)
     size = max(len(batch.prompts) for group in parts for batch in group.batches)
     width = max(len(group.beginnings) for group in parts)
     for group in parts:
@@ -125,7 +126,7 @@ def answers(
             if not is_done(number):
                 clock, read = Stopwatch(), 0
                 if past is None:
-                    past = _read(model, processor, group, width, room, clock)
+                    past = _read(model, processor, group, width, every, clock)
                     read = sum(len(one.ids) for one in group.beginnings)
                 rows = [asked[index].ids[len(group.beginnings[at].ids) :] for index, at in zip(*batch, strict=True)]
                 ids = _answer(model, processor, rows, batch.beginnings, past, size, max_tokens, clock)
@@ -146,7 +147,7 @@ Past = tuple[Float[Array, "n p e"] | None, Cache | None]
 """What a group's beginnings came to: their images' embeddings, and a cache with a row each if they are shared."""
 
 
-def _read(model: Model, processor: Processor, group: Group, width: int, room: int, clock: Stopwatch) -> Past:
+def _read(model: Model, processor: Processor, group: Group, width: int, room: engine.Room, clock: Stopwatch) -> Past:
     """Returns what the beginnings come to, always as many rows, so that few programs are compiled."""
     config, params, plan = model
     beginnings = [*group.beginnings, *[group.beginnings[0]] * (width - len(group.beginnings))]
@@ -156,7 +157,7 @@ def _read(model: Model, processor: Processor, group: Group, width: int, room: in
     images = clock("vision", engine.encode_images, config, params, processor.pixels(pictures))
     if not beginnings[0].ids:
         return images, None
-    cache = engine.new_cache(config, params, plan, width, room)
+    cache = engine.new_cache(config, params, plan, width, *room)
     tokens, lengths = pad([one.ids for one in beginnings])
     return images, clock("prefill", engine.read, config, params, cache, tokens, lengths, images)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lmmjax
 from lmmjax import files, weights
@@ -43,7 +43,7 @@ EMBEDDED = Path(lmmjax.__file__).parent / "models" / "tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model in memory. `plan` says how it was compressed; None for a dense one."""
+    """A model in memory, or its outline. `plan` says how it was compressed; None for a dense one."""
 
     path: Path
     config: LlavaConfig
@@ -80,12 +80,19 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
         InputError: not a checkpoint, half of one, or one of a newer format.
     """
     path = Path(path)
-    about = describe(path)
-    config = from_hf(read_json(path / "config.json"))
-    cast = dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    params = weights.read_tree(path / "params", cast, jax.devices()[0])
-    plan = None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
+    config, plan = _described(path)
+    params = weights.read_tree(path / "params", dtype or _own_dtype(), jax.devices()[0])
     return Checkpoint(path, config, params, plan)
+
+
+def outline(path: str | Path, dtype: str | None = None) -> Checkpoint:
+    """Returns what `load` would, with shapes and dtypes in the place of the weights, of which none is read."""
+    path = Path(path)
+    config, plan = _described(path)
+    cast = dtype or _own_dtype()
+    leaves = weights.leaves(path / "params").items()
+    params = {name: jax.ShapeDtypeStruct(leaf.shape, cast or leaf.dtype) for name, leaf in leaves}
+    return Checkpoint(path, config, unflatten_dict(params, sep="."), plan)
 
 
 def save(path: str | Path, params: Params, *, like: Path, plan: Plan | None) -> None:
@@ -198,6 +205,18 @@ def _is_copy(source: Path, target: Path) -> bool:
         return all((target / file.name).read_bytes() == file.read_bytes() for file in carried)
     except (InputError, OSError):
         return False
+
+
+def _described(path: Path) -> tuple[LlavaConfig, Plan | None]:
+    """Returns the config of a whole checkpoint, and the plan of a compressed one."""
+    about = describe(path)
+    config = from_hf(read_json(path / "config.json"))
+    return config, None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
+
+
+def _own_dtype() -> str | None:
+    """Returns the dtype that weights are cast to where none is asked for; None leaves them as stored."""
+    return "float32" if jax.default_backend() == "cpu" else None
 
 
 def _about(dtypes: Iterable[str], plan: Plan | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lmmjax import answers, perplexity
+from lmmjax import answers, engine, perplexity
 from lmmjax.answer import Model
 from lmmjax.answers import Prompt
 from lmmjax.cache import cache_bytes
@@ -117,15 +117,15 @@ def _size(contender: Contender, asked: Asked) -> dict[str, Any]:
     A dense cache is counted in the plan's dtype, bfloat16 without one, whatever this machine computes in.
     """
     config, plan = contender.stored.config, contender.plan
-    answering = answers.capacity(config, asked.prompts, asked.max_tokens) if asked.prompts else 0
-    room = max(asked.context if asked.windows else 0, answering)
+    answering = answers.room(config, plan, asked.prompts, asked.max_tokens) if asked.prompts else engine.Room(0)
+    room = max(engine.Room(asked.context if asked.windows else 0), answering)
     formats = plan or uniform(config.text)
     return {
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(contender.stored.params)),
         "weights_kept": 1 - formats.sparsity(config.text),
-        "kv_tokens": room,
-        "kv_bytes": cache_bytes(config.text, formats, 1, room),
-        "kv_dense_bytes": cache_bytes(config.text, uniform(config.text, cache=formats.cache), 1, room),
+        "kv_tokens": room.capacity,
+        "kv_bytes": cache_bytes(config.text, formats, 1, *room),
+        "kv_dense_bytes": cache_bytes(config.text, uniform(config.text, cache=formats.cache), 1, room.capacity),
     }
 
 

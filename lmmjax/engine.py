@@ -6,7 +6,7 @@ changes from call to call (prompts, lengths, sampling, how far to decode) is dat
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,16 +117,13 @@ def start(
     before = np.zeros_like(lengths) if past is None else np.asarray(past.lengths)
     _check_prompts(config, tokens, lengths, images, before)
     batch, t = tokens.shape
-    visual = (np.asarray(llava.image_tokens(config, jnp.asarray(tokens), jnp.asarray(lengths)))).sum(1)
+    visual = _images(config, tokens, lengths)
     if past is None:
-        apart = plan is not None and plan.splits_images
-        room = int(visual.max()) if apart else 0
-        capacity = cache_capacity(config, int((lengths - visual).max()) if apart else t, max_tokens) + room
-        cache = new_cache(config, params, plan, batch, capacity, room)
+        cache = new_cache(config, params, plan, batch, *room(config, plan, t, visual, max_tokens))
     else:
         past.check_room(lengths, visual)
-        cache, capacity = past, past.capacity
-    limits = np.minimum(max_tokens, min(config.text.context, capacity) + 1 - before - lengths)
+        cache = past
+    limits = np.minimum(max_tokens, min(config.text.context, cache.capacity) + 1 - before - lengths)
     state = State(
         cache=cache,
         answer=jnp.zeros((batch, cache.capacity), jnp.int32),
@@ -179,6 +176,23 @@ def answers(state: State) -> list[list[int]]:
     """Returns what every row has written so far."""
     rows, counts = np.asarray(state.answer), np.asarray(state.counts)
     return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
+
+
+class Room(NamedTuple):
+    """Tokens that a row of a cache has room for, and how many of these at most are image tokens kept apart."""
+
+    capacity: int
+    images: int = 0
+
+
+def room(
+    config: LlavaConfig, plan: Plan | None, t: int, images: Int[np.ndarray, "b"] | Sequence[int], max_tokens: int
+) -> Room:
+    """Returns the room for prompts of up to t tokens, images[b] of them image tokens, and for their answers."""
+    if plan is None or not plan.splits_images:
+        return Room(cache_capacity(config, t, max_tokens))
+    most = int(np.max(images))
+    return Room(cache_capacity(config, t - int(np.min(images)), max_tokens) + most, most)
 
 
 def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:
@@ -244,6 +258,11 @@ def _write(state: State, logits: Float[Array, "b v"]) -> State:
     )
 
 
+def _images(config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray) -> Int[np.ndarray, "b"]:
+    """Returns how many image tokens each prompt has."""
+    return ((tokens == config.image_token) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum(1)
+
+
 def _check_prompts(
     config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray, images: Array | None, before: np.ndarray
 ) -> None:
@@ -252,7 +271,7 @@ def _check_prompts(
             f"prompts: got {lengths.min()} to {(before + lengths).max()} tokens; expected 1 to the context of"
             f" {config.text.context}, in an array {tokens.shape[1]} wide"
         )
-    found = int(((tokens == config.image_token) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum())
+    found = int(_images(config, tokens, lengths).sum())
     given = 0 if images is None else images.shape[0] * images.shape[1]
     if found != given:
         raise InputError(f"prompts: {found} image tokens, but the images make {given}")

@@ -25,20 +25,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 after a whole answer and 130 after Ctrl-C, the text so far on stdout and the statistics on stderr."""
+    """Returns 0 after a whole answer and 130 after Ctrl-C, the text so far on stdout and the statistics on stderr.
+
+    Of a dry run it returns 1 if what the question takes does not fit, else 0, with the bytes on stdout.
+    """
     # Imported here, for they take seconds, and `--help` and a mistyped flag need none of them.
-    from lmmjax import answer, checkpoint, runtime
+    from lmmjax import answer, checkpoint, dryrun, runtime
     from lmmjax.plan import Plan
     from lmmjax.prompt import Processor
 
     runtime.prepare()
     _check(args)
+    wish = dryrun.wish(args)
     answer.check_backend(args.backend)
     path = checkpoint.resolve(args.model)
     config = answer.read_config(path)
     plan = Plan.load(args.plan).check(config.text) if args.plan else None
+    if args.dry_run and not dryrun.has_question(args):
+        return dryrun.run(wish, path, plan, args.json)
     processor = Processor.load(path, config)
     request = _request(args, processor)
+    if args.dry_run:
+        return dryrun.run(dataclasses.replace(wish, prompt=request.ids), path, plan, args.json)
     model = answer.load(path, plan)
     result = answer.answer(model, processor, request, _ignore if args.json else _show)
     if args.json:
@@ -86,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one line with text, tokens, timings and bytes instead")
     add("--backend", metavar="NAME", help="of attention; an explicit choice never falls back")
     add("--show-prompt", action="store_true", help="print the prompt as the model sees it, on stderr")
+    dry = parser.add_argument_group("to know before: bytes of the weights and the KV cache").add_argument
+    dry("--dry-run", action="store_true", help="print them and load nothing; exit code 1 if --memory is too little")
+    dry("--memory", metavar="SIZE", help="what there is, such as 8GiB or 500MB: do they fit? Exit code 0 if they do")
+    dry("--batch", metavar="N", help="rows of the cache; default: 1")
+    dry("--context", metavar="N", help="tokens in a row; default: what --prompt needs, else the model's context")
     return parser
 
 

@@ -16,6 +16,16 @@ from lmmjax.sample import Sampling
 PLANS = {
     "dense": None,
     "mixed": Plan((LayerPlan(4, 2), LayerPlan(16, 8)), cache=CacheFormat(group=4, window=4, dtype="float32")),
+    "before RoPE": Plan(
+        (LayerPlan(3, 3), LayerPlan(6, 4)),
+        cache=CacheFormat(
+            group=4, sinks=1, metadata="float8", keys="before_rope", rotate_values="online", clip=True, dtype="float32"
+        ),
+    ),
+    "images apart": Plan(
+        (LayerPlan(6, 4, visual_key_bits=4, visual_value_bits=8), LayerPlan(8, 16, visual_value_bits=4)),
+        cache=CacheFormat(group=4, visual_values="tokens", rotate_keys=True, dtype="float32"),
+    ),
 }
 
 
@@ -194,7 +204,43 @@ def test_prompts_whose_beginning_was_read_once_answer_as_whole_ones(params: llav
     rest = [first[cut:], second[cut:], [7, 8, 9, 10]]
     whole = [[first, second][row][:cut] + end for row, end in zip(at, rest, strict=True)]
     expected = engine.generate(CONFIG, params, *pad(whole), images[jnp.array(at)], plan=PLANS[name], **settings)
-    cache = engine.new_cache(CONFIG, params, PLANS[name], 2, 48)
+    cache = engine.new_cache(CONFIG, params, PLANS[name], 2, 48, images=4)
     cache = engine.read(CONFIG, params, cache, *pad([first[:cut], second[:cut]]), images[:2])
     past = engine.rows(cache, jnp.array(at))
     assert engine.generate(CONFIG, params, *pad(rest), past=past, **settings) == expected
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_second_turn_continues_the_first(params: llava.Params, images: jax.Array, name: str):
+    """The cache of an answered turn is the past of the next one: the same tokens as the whole talk as one prompt."""
+    prompt, more = prompts()[0], [5, 6, 7]
+    cache = engine.new_cache(CONFIG, params, PLANS[name], 1, 48, images=4)
+    past = engine.read(CONFIG, params, cache, *pad([prompt[:-1]]), images[:1])
+    state = engine.start(CONFIG, params, *pad([prompt[-1:]]), past=past, max_tokens=5)
+    state = engine.decode(CONFIG, params, state, 5)
+    first = engine.answers(state)[0]
+    # An answer's last token is not in the cache yet: it leads the next turn.
+    second = engine.generate(CONFIG, params, *pad([[first[-1], *more]]), past=state.cache, max_tokens=6)
+    whole = engine.generate(CONFIG, params, *pad([prompt + first + more]), images[:1], max_tokens=6, plan=PLANS[name])
+    assert second == whole
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_turn_taken_back_leaves_no_trace(params: llava.Params, images: jax.Array, name: str):
+    """A cache cropped to where it stood answers the same again, tokens that were rounded meanwhile apart."""
+    prompt = prompts()[1]
+    cache = engine.new_cache(CONFIG, params, PLANS[name], 1, 48, images=4)
+    past = engine.read(CONFIG, params, cache, *pad([prompt[:-1]]), images[1:2])
+    state = engine.start(CONFIG, params, *pad([prompt[-1:]]), past=past, max_tokens=3)
+    state = engine.decode(CONFIG, params, state, 3)
+    back = state.cache.crop(jnp.array([len(prompt) - 1]))
+    again = engine.generate(CONFIG, params, *pad([prompt[-1:]]), past=back, max_tokens=3)
+    assert again == engine.answers(state)
+
+
+def test_a_past_without_room_is_refused(params: llava.Params, images: jax.Array):
+    """Before anything is computed or written over."""
+    cache = engine.new_cache(CONFIG, params, PLANS["mixed"], 1, 12)
+    past = engine.read(CONFIG, params, cache, *pad([prompts()[0]]), images[:1])
+    with pytest.raises(InputError, match="cache: full: it has room for 12 tokens a row, 13 would be there"):
+        engine.start(CONFIG, params, *pad([[1] * 6]), past=past, max_tokens=1)

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from lmmjax import checkpoint as checkpoints
-from lmmjax import engine
+from lmmjax import engine, weights
 from lmmjax.generate import main
-from lmmjax.plan import CacheFormat, uniform
+from lmmjax.plan import CacheFormat, LayerPlan, Plan, uniform
 from lmmjax.prompt import Processor, pad
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,95 @@ def test_ctrl_c_ends_the_answer_with_130(
     assert "2 tokens (interrupt)" in err
 
 
+@pytest.fixture
+def dry(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """A function that returns what a dry run prints, and sees to its exit code; no weight is read."""
+
+    def refuse(*_):
+        raise AssertionError("a dry run read weights")
+
+    def printed(*more: str, code: int = 0) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "read_tree", refuse)
+            assert main(["--model", str(checkpoint), "--dry-run", *more]) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return printed
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes a plan for the checkpoint's two layers and returns its path."""
+
+    def written(*layers: LayerPlan, **form) -> str:
+        plan = Plan(layers, cache=CacheFormat(group=8, **form))
+        (tmp_path / "plan.json").write_text(plan.to_json())
+        return str(tmp_path / "plan.json")
+
+    return written
+
+
+APART = (LayerPlan(8, 4, visual_key_bits=2), LayerPlan(3, 16))
+
+
+@pytest.mark.parametrize("layers", [None, (LayerPlan(4, 2), LayerPlan(16, 8)), APART], ids=["dense", "mixed", "apart"])
+def test_a_dry_run_says_the_bytes_that_the_run_takes(ask, dry, plans, layers, capsys: pytest.CaptureFixture):
+    more = ("--plan", plans(*layers)) if layers else ()
+    question = ask("--json", *more)
+    said = json.loads(dry(*question[2:]))
+    assert main(question) == 0
+    took = json.loads(capsys.readouterr().out)
+    assert said["weights"] == took["weights_bytes"]
+    assert said["kv"]["total"] == took["kv_bytes"]
+    assert said["capacity"] == took["kv_capacity"]
+    assert said["context"] == took["prompt_tokens"] + 12
+    assert said["kv_dense"] == took["kv_dense_bytes"]
+    assert (said["memory"], said["fits"]) == (None, None)
+
+
+def test_a_dry_run_says_whether_it_fits(dry):
+    total = json.loads(dry("--json"))["total"]
+    said = json.loads(dry("--json", "--memory", f"{total}B"))
+    assert (said["memory"], said["fits"]) == (total, True)
+    assert json.loads(dry("--json", "--memory", f"{total - 1}B", code=1))["fits"] is False
+    assert "fits, " in dry("--memory", "8GiB")
+    assert "DOES NOT FIT, " in dry("--memory", "10 kB", code=1)
+
+
+def test_a_dry_run_of_rows_and_contexts(dry, plans):
+    """Without a question: the model's context, or what is asked for, in buckets and groups as the engine makes them."""
+    whole, part, more = (
+        json.loads(dry("--json", *rows)) for rows in ((), ("--context", "70"), ("--context", "70", "--batch", "3"))
+    )
+    assert (whole["batch"], whole["context"], whole["capacity"]) == (1, 128, 128)
+    assert (part["context"], part["capacity"]) == (70, 96)
+    assert more["kv"]["total"] == 3 * part["kv"]["total"] == 3 * 96 / 128 * whole["kv"]["total"]
+    assert more["weights"] == whole["weights"]
+    assert json.loads(dry("--json", "--plan", plans(*APART)))["images"] == 4  # one image of the checkpoint's
+
+
+def test_a_dry_run_prints_a_page(dry, plans):
+    page = dry("--context", "70", "--plan", plans(*APART, window=8), "--memory", "1MB")
+    rows = [line.split() for line in page.splitlines()]
+    assert rows[0] == ["weights", "K,", "V", "(text/image)", "codes", "scales", "exact", "KV"]
+    for start in (["layer", "0"], ["layer", "1"], ["all"], ["text.lm_head"], ["vision"]):
+        assert [row for row in rows if row[: len(start)] == start]
+    assert "8/2, 4/4" in page
+    assert "1 x 88 tokens (asked: 70, 4 of them of images)" in page
+    assert "not counted: activations" in page
+    plain = dry()
+    assert "layers 0-1, each" in plain
+    assert "K, V bits" in plain
+
+
 BAD_FLAGS = {
+    "--memory: got 8GiB without --dry-run": ("--memory", "8GiB"),
+    "--batch: got 2 without --dry-run": ("--batch", "2"),
+    "--memory: got '8'": ("--dry-run", "--memory", "8"),
+    "--batch: got 0, expected a whole number from 1": ("--dry-run", "--batch", "0"),
+    "--context: got 64 beside a prompt": ("--dry-run", "--context", "64"),
     "--max-tokens: got 0": ("--max-tokens", "0"),
     "--temperature: got -1.0": ("--temperature", "-1"),
     "--temperature: got nan": ("--temperature", "nan"),
@@ -145,6 +233,22 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
 def test_bad_flags_end_in_one_line(ask, says: str, capsys: pytest.CaptureFixture):
     assert main(ask(*BAD_FLAGS[says])) == 2
     assert says in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "got"),
+    [
+        *[
+            ("--memory", got)
+            for got in ("", "8 apples", "GiB", "-1GiB", "nanGB", "0MB", "8iB", "1e3GB", "9" * 400 + "GB")
+        ],
+        *[("--batch", got) for got in ("", "-1", "1.5", "many", "2147483648")],
+        *[("--context", got) for got in ("0", "x", "129")],
+    ],
+)
+def test_bad_numbers_of_a_dry_run_end_in_one_line(checkpoint: Path, flag: str, got: str, capsys: pytest.CaptureFixture):
+    assert main(["--model", str(checkpoint), "--dry-run", f"{flag}={got}"]) == 2
+    assert f"{flag}: got " in one_line(capsys)
 
 
 def test_bad_prompts_end_in_one_line(ask, checkpoint: Path, capsys: pytest.CaptureFixture):

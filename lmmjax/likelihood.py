@@ -122,6 +122,11 @@ def batches(
 def log_probs(config: LlavaConfig, params: Params, cache: Cache, batch: Batch) -> LogProbs:
     """Returns the predictions of a batch's counted tokens; `cache` is empty, of the batch's size, with room."""
     states, _ = llava.extend(config, params, cache, batch.x, batch.lengths, visual=batch.visual)
+    return predictions(config, params, states, batch)
+
+
+def predictions(config: LlavaConfig, params: Params, states: Float[Array, "b t e"], batch: Batch) -> LogProbs:
+    """Returns the predictions of a batch's counted tokens from its final states."""
     before = jnp.take_along_axis(states, (batch.at - 1)[..., None], axis=1)
     return jax.nn.log_softmax(llava.logits(config, params, before), axis=-1)
 

@@ -17,7 +17,7 @@ from lmmjax.checkpoint import read_json
 from lmmjax.config import TextConfig, from_hf
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
-from search import output, problem, report, storage, study
+from search import output, problem, report, storage, study, warm
 from search.problem import Problem
 from search.settings import Settings, default_out, effort
 from search.space import Candidate
@@ -52,6 +52,7 @@ def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Setting
         kv_budget=args.budget if args.kv_budget is None else args.kv_budget,
         context=config.text.context if args.context is None else args.context,
         data=args.data if args.data == EASY_VQA else str(Path(args.data).resolve()),
+        sensitivity=args.sensitivity and str(Path(args.sensitivity).resolve()),
         **{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name not in _FILLED_IN},
     )
     settings.space(config.text)  # a budget that cannot be met is found before anything is loaded
@@ -61,7 +62,7 @@ def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Setting
     return args, settings
 
 
-_FILLED_IN = ("model", "budget", "kv_budget", "context", "data")
+_FILLED_IN = ("model", "budget", "kv_budget", "context", "data", "sensitivity")
 
 
 def fill_in(args: argparse.Namespace, text: TextConfig) -> argparse.Namespace:
@@ -87,10 +88,12 @@ def _search_and_compare(
     began = time.monotonic()
     print(f"preparing {settings.model}: images, statistics, ranks, the dense predictions", file=sys.stderr)
     model = checkpoint.load(checkpoint.resolve(args.model))
+    warmed = _warm_starts(settings, model)
     chosen = problem.prepare(settings, model, args.report_samples, args.batch)
     prepared = time.monotonic()
-    record = study.Record(storage.open_storage(where), {**vars(settings), "fingerprint": problem.fingerprint(chosen)})
-    interrupted = _search(chosen, record, args.trials)
+    known = {"fingerprint": problem.fingerprint(chosen), **({"starts": warm.digest(*warmed)} if warmed else {})}
+    record = study.Record(storage.open_storage(where), {**vars(settings), **known})
+    interrupted = _search(chosen, record, args.trials, warmed)
     searched = time.monotonic()
     best = best_candidate(record.trials)
     output.write_model(out, chosen, best)
@@ -109,8 +112,20 @@ def _search_and_compare(
     return interrupted
 
 
-def _search(chosen: Problem, record: study.Record, trials: int) -> bool:
-    """Runs the trials that are missing, with a bar on stderr; returns whether Ctrl-C ended it early."""
+def _warm_starts(settings: Settings, model: checkpoint.Checkpoint) -> list[Candidate]:
+    """Returns the starts that --sensitivity asks for, if it is given: looked at before anything is computed."""
+    if settings.sensitivity is None:
+        return []
+    text = model.config.text
+    measured = warm.load(Path(settings.sensitivity), settings, model.params, text.layers)
+    return warm.starts(measured, settings.space(text))
+
+
+def _search(chosen: Problem, record: study.Record, trials: int, warmed: Sequence[Candidate]) -> bool:
+    """Runs the trials that are missing, with a bar on stderr; returns whether Ctrl-C ended it early.
+
+    The first trials are the uniform candidates and then those of `warmed`.
+    """
     space = chosen.space
     done = record.trials
     best = min(map(study.value, done), default=float("inf"))
@@ -119,7 +134,7 @@ def _search(chosen: Problem, record: study.Record, trials: int) -> bool:
         space.distributions,
         chosen.outcome,
         trials=trials,
-        starts=[space.encode(candidate) for candidate in space.uniform()],
+        starts=[space.encode(candidate) for candidate in (*space.uniform(), *warmed)],
         propose=study.tpe,
         seed=chosen.settings.seed,
     )

@@ -59,6 +59,7 @@ class Settings:
     calibration_tokens: str = "all"
     search_samples: int = SMALL.search_samples
     seed: int = 0
+    sensitivity: str | None = None
 
     def __post_init__(self):
         for name in ("calibration_samples", "search_samples"):

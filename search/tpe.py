@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration-tokens", default=default.calibration_tokens, choices=("all", "text"))
     add("--search-samples", type=int, metavar="N", help="questions that every trial is judged by")
     add("--report-samples", type=int, metavar="N", help="questions that the end result is compared on")
+    add("--sensitivity", metavar="FILE", help="of lmmjax.sensitivity: more starts, the widths that hurt least")
     add("--batch", type=int, default=16, metavar="N", help="samples evaluated at once (default: %(default)s)")
     add("--storage", metavar="PATH|URL", help="Optuna's journal or database (default: OUT/study.journal)")
     add("--seed", type=int, default=default.seed)

@@ -15,25 +15,31 @@ from lmmjax.plan import BITS, CacheFormat, LayerPlan, Plan
 
 @dataclasses.dataclass(frozen=True)
 class CacheBudget:
-    """At `context` tokens the KV cache takes at most the share `keep` of its dense bytes, all metadata counted."""
+    """At `context` tokens the KV cache takes at most the share `keep` of its dense bytes, all metadata counted.
+
+    `images` of the tokens are one picture's: where the format keeps these apart, they have room of their own.
+    """
 
     text: TextConfig
     keep: float
     context: int
     form: CacheFormat
+    images: int = 0
 
     def __post_init__(self):
-        group, window = self.form.group, self.form.window
         if not 0 < self.keep <= 1:
             raise InputError(f"--kv-budget: got {self.keep:g}, expected a share of the dense bytes, 0 < share <= 1")
         if self.context < 1:
             raise InputError(f"--context: got {self.context}, expected a number of tokens, at least 1")
+        if self.form.visual_values != "channels" and self.context <= self.images:
+            raise InputError(f"--context: got {self.context}, expected more than a picture's {self.images} tokens")
         narrowest = {side: np.zeros(self.text.layers, int) for side in ("keys", "values")}
         lowest = self.share(*self._bits(narrowest))
         if self.keep < lowest:
+            flags = (f"--{name} {getattr(self.form, name)}" for name in ("group", "window", "sinks"))
             raise InputError(
-                f"--kv-budget: got {self.keep:g} of the dense bytes; with --context {self.context}, --group {group} and"
-                f" --window {window} the cache can take {math.ceil(lowest * 1e4) / 1e4:.4f} to 1: raise the budget"
+                f"--kv-budget: got {self.keep:g} of the dense bytes; with --context {self.context}, {', '.join(flags)}"
+                f" the cache can take {math.ceil(lowest * 1e4) / 1e4:.4f} to 1: raise the budget"
             )
 
     @functools.cached_property
@@ -42,7 +48,7 @@ class CacheBudget:
 
         def layer_bytes(key_bits: int, value_bits: int) -> int:
             plan = Plan((LayerPlan(key_bits, value_bits),), cache=self.form)
-            return cache_bytes(dataclasses.replace(self.text, layers=1), plan, 1, self.context)
+            return cache_bytes(dataclasses.replace(self.text, layers=1), plan, 1, self.context, self.images)
 
         dense = layer_bytes(16, 16) // 2
         return {

@@ -10,6 +10,7 @@ from lmmjax import calibrate, data, weights
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
+from lmmjax.fold import fold_values
 from lmmjax.likelihood import Result
 from lmmjax.plan import Calibration, Plan
 from lmmjax.prompt import Processor
@@ -91,8 +92,10 @@ def prepare(settings: Settings, checkpoint: Checkpoint, report_samples: int, bat
         raise InputError(
             f"--model: {checkpoint.path} is compressed already; give the dense checkpoint it was made from"
         )
+    if settings.form.rotate_values == "folded":
+        checkpoint = dataclasses.replace(checkpoint, params=fold_values(checkpoint.config.text, checkpoint.params))
     config, params = checkpoint.config, checkpoint.params
-    space = settings.space(config.text)
+    space = settings.space(config)
     taken = sets.take(
         settings.data, settings.calibration_samples, settings.search_samples, report_samples, settings.seed
     )

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from lmmjax.files import write_atomic
 from lmmjax.likelihood import Result
+from lmmjax.plan import CacheFormat
 from lmmjax.versions import installed
 from search import comparison, page, pictures
 from search.comparison import Contender
@@ -85,6 +86,26 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
+def cache_words(form: CacheFormat, head_dim: int) -> str:
+    """Returns how a cache is quantized, in a sentence or two; what is off is not spoken of."""
+    levels = " at the levels of the normal distribution" if form.codebook == "normal" else ""
+    clipped = ", each group's range narrowed to where the squared error is least" if form.clip else ""
+    turned = {"online": "rotated as they come", "folded": "rotated by the weights"}
+    sides = form.key_quantizer(head_dim), form.value_quantizer(head_dim)
+    keys, values = ([f"groups of {side.group} {side.axis}"] for side in sides)
+    keys += [form.keys.replace("_rope", " RoPE")]
+    keys += ["rotated"] if form.rotate_keys else []
+    values += ["those of image tokens along tokens"] if form.visual_values == "tokens" else []
+    values += [turned[form.rotate_values]] if form.rotate_values in turned else []
+    exact = [f"the first {form.sinks}"] if form.sinks else []
+    exact += [f"the latest {form.window}"] if form.window else []
+    kept = f" Exact tokens: {' and '.join(exact)}." if exact else ""
+    return (
+        f"The cache is rounded{levels}: keys in {', '.join(keys)}; values in {', '.join(values)}; spans and zeros in"
+        f" {form.metadata}{clipped}.{kept}"
+    )
+
+
 def _title(report: Report) -> str:
     settings = report["settings"]
     cache = "" if settings["kv_budget"] == settings["budget"] else f", cache {settings['kv_budget']:g}"
@@ -129,6 +150,7 @@ def _notes(problem: Problem, report: Report) -> dict[str, str]:
         "allocation": (
             "Orange linears lose more than uniform pruning would take from them, violet ones less. The weights are"
             " zeros in place: the checkpoint on disk is as large as before, the cache is really packed."
+            f" {cache_words(problem.settings.form, space.weights.text.head_dim)}"
         ),
         "history": (
             f"Every trial lies exactly on both budgets. Best {report['settings']['objective']} {best:.4g}, best uniform"

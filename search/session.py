@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial
 from tqdm import tqdm
 
-from lmmjax import checkpoint, runtime
+from lmmjax import cache_flags, checkpoint, runtime
 from lmmjax.checkpoint import read_json
 from lmmjax.config import TextConfig, from_hf
 from lmmjax.data import EASY_VQA
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     runtime.prepare()
     out = args.out or default_out(args.model, args.budget)
     args, settings = read_settings(args)
-    asked = vars(settings) | {"report_samples": args.report_samples, "storage": _storage_name(args.storage)}
+    asked = settings.record | {"report_samples": args.report_samples, "storage": _storage_name(args.storage)}
     with output.only_one(out):
         if output.is_finished(out, asked, args.trials):
             print(f"{out} holds this search, finished; give more --trials to go on, or another --out\n")
@@ -53,16 +53,17 @@ def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Setting
         context=config.text.context if args.context is None else args.context,
         data=args.data if args.data == EASY_VQA else str(Path(args.data).resolve()),
         sensitivity=args.sensitivity and str(Path(args.sensitivity).resolve()),
+        form=cache_flags.read(args, window=args.window),
         **{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name not in _FILLED_IN},
     )
-    settings.space(config.text)  # a budget that cannot be met is found before anything is loaded
+    settings.space(config)  # a budget that cannot be met is found before anything is loaded
     for name, least in (("trials", 1), ("report_samples", 1), ("batch", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {least}")
     return args, settings
 
 
-_FILLED_IN = ("model", "budget", "kv_budget", "context", "data", "sensitivity")
+_FILLED_IN = ("model", "budget", "kv_budget", "context", "data", "sensitivity", "form")
 
 
 def fill_in(args: argparse.Namespace, text: TextConfig) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def _search_and_compare(
     chosen = problem.prepare(settings, model, args.report_samples, args.batch)
     prepared = time.monotonic()
     known = {"fingerprint": problem.fingerprint(chosen), **({"starts": warm.digest(*warmed)} if warmed else {})}
-    record = study.Record(storage.open_storage(where), {**vars(settings), **known})
+    record = study.Record(storage.open_storage(where), {**settings.record, **known})
     interrupted = _search(chosen, record, args.trials, warmed)
     searched = time.monotonic()
     best = best_candidate(record.trials)
@@ -116,9 +117,8 @@ def _warm_starts(settings: Settings, model: checkpoint.Checkpoint) -> list[Candi
     """Returns the starts that --sensitivity asks for, if it is given: looked at before anything is computed."""
     if settings.sensitivity is None:
         return []
-    text = model.config.text
-    measured = warm.load(Path(settings.sensitivity), settings, model.params, text.layers)
-    return warm.starts(measured, settings.space(text))
+    measured = warm.load(Path(settings.sensitivity), settings, model.params, model.config.text.layers)
+    return warm.starts(measured, settings.space(model.config))
 
 
 def _search(chosen: Problem, record: study.Record, trials: int, warmed: Sequence[Candidate]) -> bool:

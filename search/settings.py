@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
 
 if TYPE_CHECKING:
-    from lmmjax.config import TextConfig
+    from lmmjax.config import LlavaConfig
     from lmmjax.plan import CacheFormat
     from search.space import Space
 
@@ -40,6 +40,12 @@ second effort keeps a search with 100 million weights under a quarter of an hour
 """
 
 
+def _default_form() -> "CacheFormat":
+    from lmmjax.plan import CacheFormat
+
+    return CacheFormat()
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The command's arguments that matter to the result, in the units of the command line."""
@@ -53,8 +59,7 @@ class Settings:
     box: float = 0.15
     objective: str = "kl"
     score: str = "lognorm"
-    group: int = 32
-    window: int = 0
+    form: "CacheFormat" = dataclasses.field(default_factory=_default_form)
     calibration_samples: int = SMALL.calibration_samples
     calibration_tokens: str = "all"
     search_samples: int = SMALL.search_samples
@@ -67,6 +72,10 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least 1")
         if self.seed < 0:
             raise InputError(f"--seed: got {self.seed}, expected 0 or more")
+        if self.form.rotate_values == "folded" and self.budget != 1:
+            raise InputError(
+                "--rotate-values: folded fills pruned weights of v and o again; use online, or keep all by --budget 1"
+            )
 
     @property
     def tokens(self) -> str:
@@ -74,12 +83,11 @@ class Settings:
         return "text" if self.objective == "ppl" else "answer"
 
     @property
-    def form(self) -> "CacheFormat":
-        from lmmjax.plan import CacheFormat
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values, the cache's format field by field: what a study and a report keep."""
+        return {**{name: value for name, value in vars(self).items() if name != "form"}, **vars(self.form)}
 
-        return CacheFormat(group=self.group, window=self.window)
-
-    def space(self, text: "TextConfig") -> "Space":
+    def space(self, config: "LlavaConfig") -> "Space":
         """Returns the space to search.
 
         Raises:
@@ -89,9 +97,10 @@ class Settings:
         from search.cache_budget import CacheBudget
         from search.space import Space
 
+        text, images = config.text, config.vision.image_tokens
         if self.context > text.context:
             raise InputError(f"--context: got {self.context}, expected at most the model's {text.context}")
-        cache = CacheBudget(text, self.kv_budget, self.context, self.form)
+        cache = CacheBudget(text, self.kv_budget, self.context, self.form, images)
         space = Space(WeightBudget(text, self.budget, self.box), cache, self.blocks)
         if not space.distributions:
             raise InputError("--budget, --kv-budget, --box: nothing is left to choose; give a budget below 1")

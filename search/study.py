@@ -136,10 +136,15 @@ def value(trial: FrozenTrial) -> float:
 
 
 def compare(known: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns the settings that differ, in words; empty if none does."""
+    """Returns the settings that differ, in words; empty if none does.
+
+    What an earlier version did not record differs, unless it is None: its trials may have been judged otherwise.
+    """
     now = json.loads(json.dumps(now))
     names = sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
-    return ", ".join(f"{name} {known.get(name)!r} (now {now.get(name)!r})" for name in names)
+    words = [f"{name} {known[name]!r} (now {now.get(name)!r})" for name in names if name in known]
+    unsaid = [name for name in names if name not in known]
+    return ", ".join(words + ([f"no record of {', '.join(unsaid)}"] if unsaid else []))
 
 
 def _ask(sampler, distributions: Mapping[str, FloatDistribution], finished: Sequence[FrozenTrial]) -> Params:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lmmjax import cache_flags
 from lmmjax.errors import exit_code
 from search.settings import EFFORTS, OBJECTIVES, SCORES, Settings
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=efforts(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Settings("", 0.5, 0.5, 1)
+    default = Settings  # the class, for an instance would import what takes seconds
     add = parser.add_argument
     add("--budget", type=float, required=True, metavar="B", help="share of the prunable weights to keep, exactly")
     add("--kv-budget", type=float, metavar="F", help="share of the dense KV cache's bytes to use at most (default: B)")
@@ -48,8 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--objective", default=default.objective, choices=OBJECTIVES, help="what is made small (accuracy: its lack)")
     add("--score", default=default.score, choices=SCORES, help="which weights go first")
     add("--context", type=int, metavar="N", help="tokens at which the cache is measured (default: the model's context)")
-    add("--group", type=int, default=default.group, metavar="N", help="tokens or channels that share a scale")
-    add("--window", type=int, default=default.window, metavar="N", help="latest tokens kept exact")
+    add("--window", type=int, default=0, metavar="N", help="latest tokens kept exact")
     add("--calibration-samples", type=int, metavar="N", help="questions that the scores' statistics are taken on")
     add("--calibration-tokens", default=default.calibration_tokens, choices=("all", "text"))
     add("--search-samples", type=int, metavar="N", help="questions that every trial is judged by")
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--storage", metavar="PATH|URL", help="Optuna's journal or database (default: OUT/study.journal)")
     add("--seed", type=int, default=default.seed)
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/<model>-<budget>)")
+    cache_flags.add(parser)
     return parser
 
 

@@ -128,15 +128,26 @@ def test_the_cache_fits_its_budget_and_no_side_could_be_wider(text, keep, contex
                 assert budget.share(*more) > keep
 
 
-@given(st.floats(0.3, 1), st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
-def test_the_predicted_share_is_that_of_the_real_cache(keep, seed):
-    budget = CacheBudget(TEXT, keep, 512, CacheFormat())
+@given(
+    st.floats(0.4, 1),
+    st.integers(0, 99),
+    st.sampled_from(
+        [
+            CacheFormat(),
+            CacheFormat(metadata="float8", sinks=4),
+            CacheFormat(8, 16, key_axis="channels", sinks=1, window=8),
+            CacheFormat(visual_values="tokens", value_group=8),
+        ]
+    ),
+)
+@settings(max_examples=20, deadline=None)
+def test_the_predicted_share_is_that_of_the_real_cache(keep, seed, form):
+    budget = CacheBudget(TEXT, keep, 512, form, images=100)
     keys, values = budget.project(*wishes(seed, (2, 4)))
-    plan = Plan(tuple(LayerPlan(int(k), int(v)) for k, v in zip(keys, values, strict=True)))
-    dense = cache_bytes(TEXT, Plan((LayerPlan(),) * 4), 1, 512)
+    plan = Plan(tuple(LayerPlan(int(k), int(v)) for k, v in zip(keys, values, strict=True)), cache=form)
+    dense = cache_bytes(TEXT, Plan((LayerPlan(),) * 4, cache=form), 1, 512)
     assert budget.dense_bytes == dense
-    assert budget.nbytes(keys, values) == cache_bytes(TEXT, plan, 1, 512) <= keep * dense
+    assert budget.nbytes(keys, values) == cache_bytes(TEXT, plan, 1, 512, images=100) <= keep * dense + 1e-6
 
 
 def test_a_cache_that_fits_is_kept_when_it_is_wished_for():

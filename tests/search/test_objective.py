@@ -74,13 +74,24 @@ def test_the_dense_model_does_not_stray_from_itself(params, ranks):
     assert result.nll > 0
 
 
-def test_a_candidate_is_judged_as_its_checkpoint_behaves(params, ranks, space):
+@pytest.mark.parametrize(
+    "form",
+    [
+        FORM,
+        # What is exact in 16 bits is turned before it is stored where bits are data, and not in a dense layer.
+        CacheFormat(
+            8, sinks=1, dtype="float32", metadata="float8", keys="before_rope", rotate_values="online", clip=True
+        ),
+        CacheFormat(8, value_group=4, dtype="float32", visual_values="tokens", rotate_keys=True),
+    ],
+)
+def test_a_candidate_is_judged_as_its_checkpoint_behaves(params, ranks, space, form):
     """The same numbers from the pruned weights and the packed cache, without the search's parts."""
     data = encoded(6)
     candidate = next(candidates(space, 1))
-    result = Evaluator(CONFIG, params, ranks, FORM, data, batch=4)(candidate)
-    plan = candidate.plan(cache=FORM)
-    reference = predictions(params, dense(LAYERS).plan(cache=FORM), data)
+    result = Evaluator(CONFIG, params, ranks, form, data, batch=4)(candidate)
+    plan = candidate.plan(cache=form)
+    reference = predictions(params, dense(LAYERS).plan(cache=form), data)
     predicted = predictions(prune.apply_plan(CONFIG, params, ranks, plan), plan, data)
     for row in range(6):
         at = np.flatnonzero(data.is_answer[row])
@@ -96,8 +107,10 @@ def predictions(params, plan, data) -> np.ndarray:
     @jax.jit
     def run(params):
         x = llava.embed(CONFIG, params, data.tokens, llava.encode_images(CONFIG, params, data.pixels))
-        cache = empty_cache(CONFIG.text, plan, x.shape[0], x.shape[1])
-        states, _ = llava.extend(CONFIG, params, cache, x, jnp.asarray(data.lengths))
+        # As much room again for a picture's tokens, whose parts are of their own.
+        cache = empty_cache(CONFIG.text, plan, x.shape[0], 2 * x.shape[1], images=x.shape[1])
+        visual = llava.image_tokens(CONFIG, jnp.asarray(data.tokens), jnp.asarray(data.lengths))
+        states, _ = llava.extend(CONFIG, params, cache, x, jnp.asarray(data.lengths), visual=visual)
         return jax.nn.log_softmax(llava.logits(CONFIG, params, states), axis=-1)
 
     return np.asarray(run(params))

@@ -141,8 +141,8 @@ def test_a_lock_left_by_a_killed_process_does_not_hold_the_next(tmp_path):
 def test_other_settings_are_refused_and_named(tmp_path):
     path = tmp_path / "study.journal"
     search(record(path), 2)
-    with pytest.raises(InputError, match=r"budget 0\.5 \(now 0\.6\), box None \(now 0\.1\)|box None .*budget 0\.5"):
-        record(path, {"budget": 0.6, "seed": 0, "box": 0.1})
+    with pytest.raises(InputError, match=r"begun with budget 0\.5 \(now 0\.6\), no record of box: give"):
+        record(path, {"budget": 0.6, "seed": 0, "box": 0.1, "sensitivity": None})
 
 
 def test_ctrl_c_ends_after_the_running_trial(tmp_path):

@@ -14,15 +14,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import easy_vqa
 import numpy as np
 import pytest
 
 from lmmjax import checkpoint as checkpoints
-from lmmjax import prune
+from lmmjax import generate, prune
+from lmmjax.cache import cache_bytes
 from lmmjax.checkpoint import load
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.data import Sample
-from lmmjax.plan import Plan
+from lmmjax.plan import CacheFormat, Plan
 from search import objective, output, problem, report, session, settings, storage, tpe
 from search.cache_budget import CacheBudget
 
@@ -209,7 +211,7 @@ def test_a_relative_data_file_is_remembered_by_its_whole_path(checkpoint, tmp_pa
 def test_the_embedded_model_goes_by_its_name(checkpoint, monkeypatch):
     monkeypatch.setattr(checkpoints, "resolve", lambda model: checkpoint)  # as if it were converted already
     settings = read(None, "--group", "8")
-    assert report._title({"settings": vars(settings)}) == "tiny at budget 0.5"
+    assert report._title({"settings": settings.record}) == "tiny at budget 0.5"
 
 
 def test_the_interpreter_is_named_as_it_can_be_pasted(monkeypatch, tmp_path):
@@ -313,6 +315,10 @@ def test_more_trials_go_on_from_those_there_are(searched, checkpoint, tmp_path, 
         (["--context", "4096"], "--context: got 4096, expected at most the model's 128"),
         (["--group", "0"], "got group 0, window 0"),
         (["--window", "3"], "got group 8, window 3"),
+        (["--sinks", "-1"], "got sinks -1"),
+        (["--rotate-keys", "--keys", "before_rope"], "choose one of them"),
+        (["--rotate-values", "folded"], "--rotate-values: folded fills pruned weights of v and o again; use online"),
+        (["--visual-values", "tokens", "--context", "4"], "--context: got 4, expected more than a picture's 4 tokens"),
         (["--trials", "0"], "--trials: got 0"),
         (["--search-samples", "0"], "--search-samples: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
@@ -334,6 +340,65 @@ def test_bad_input_ends_with_one_line_and_code_2(checkpoint, tmp_path, capsys, m
 def test_other_settings_in_the_same_directory_are_refused(searched, checkpoint, capsys):
     assert tpe.main(arguments(checkpoint, searched, "--box", "0.1")) == 2
     assert "begun with box 0.15 (now 0.1)" in capsys.readouterr().err
+
+
+FORMAT = "--keys before_rope --rotate-values online --clip --metadata float8 --sinks 1".split()
+
+
+@pytest.fixture(scope="module")
+def formatted(checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("formatted") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        assert tpe.main(arguments(checkpoint, out, *FORMAT, "--trials", "2")) == 0
+    return out
+
+
+def answer(capsys, model: Path, *more: str) -> str:
+    picture = next(iter(easy_vqa.get_test_image_paths().values()))
+    words = ["--model", str(model), "--image", picture, "--prompt", "what?", "--max-tokens", "8", "--json"]
+    assert generate.main([*words, *more]) == 0
+    return json.loads(capsys.readouterr().out)["text"]
+
+
+def test_the_plan_has_the_format_that_was_searched_under(formatted, checkpoint):
+    text = load(checkpoint).config.text
+    plan = Plan.load(formatted / "plan.json").check(text)
+    assert plan.cache == CacheFormat(
+        8, keys="before_rope", rotate_values="online", clip=True, metadata="float8", sinks=1
+    )
+    found = json.loads((formatted / "report.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["searched"]["kv_bytes"] == cache_bytes(text, plan, 1, text.context)
+    assert rows["searched"]["kv_bytes"] <= 0.6 * rows["dense"]["kv_bytes"]
+    assert rows["dense"]["kl"] == 0
+    assert {name: found["settings"][name] for name in vars(plan.cache)} == vars(plan.cache)
+    words = "keys in groups of 8 tokens, before RoPE; values in groups of 8 channels, rotated as they come; spans and"
+    assert f"{words} zeros in float8, each group&#x27;s range narrowed" in (formatted / "report.html").read_text()
+
+
+def test_a_plan_of_another_format_replays(formatted, checkpoint, capsys):
+    replayed = answer(capsys, checkpoint, "--plan", str(formatted / "plan.json"))
+    assert answer(capsys, formatted / "checkpoint") == replayed
+
+
+def test_another_format_in_the_same_directory_is_refused(formatted, checkpoint, capsys):
+    assert tpe.main(arguments(checkpoint, formatted, *FORMAT[:4], *FORMAT[5:], "--sinks", "2")) == 2
+    assert "begun with clip True (now False), sinks 1 (now 2): give" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_values_whose_rotation_is_folded_into_the_weights_are_searched_where_none_is_pruned(
+    checkpoint, tmp_path, capsys
+):
+    out, more = tmp_path / "out", ["--budget", "1", "--rotate-values", "folded", "--trials", "1"]
+    assert tpe.main(arguments(checkpoint, out, *more)) == 0
+    capsys.readouterr()
+    replayed = answer(capsys, checkpoint, "--plan", str(out / "plan.json"))
+    assert answer(capsys, out / "checkpoint") == replayed
+    before, after = (
+        load(path).params["text"]["layers_0"]["attn"]["v"]["kernel"] for path in (checkpoint, out / "checkpoint")
+    )
+    assert np.abs(np.asarray(before) - np.asarray(after)).max() > 1e-3
 
 
 def test_a_compressed_checkpoint_is_no_start(searched, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Starts from a measured sensitivity: the best there is within the bytes, and the first that a search evaluates."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -158,9 +159,8 @@ def test_the_first_trials_of_a_search_are_the_uniform_and_then_these(checkpoint:
     assert tpe.main(words) == 0
     settings = session.read_settings(tpe.parser().parse_args(words))[1]
     model = checkpoints.load(checkpoint)
-    text = model.config.text
-    space = settings.space(text)
-    starts = warm.starts(warm.load(file, settings, model.params, text.layers), space)
+    space = settings.space(model.config)
+    starts = warm.starts(warm.load(file, settings, model.params, model.config.text.layers), space)
     assert starts
     trials = optuna.load_study(
         study_name="lmmjax", storage=open_storage(str(tmp_path / "out" / "study.journal"))
@@ -234,11 +234,11 @@ def test_a_file_that_is_not_there_is_refused(checkpoint: Path, tmp_path: Path, c
 def test_the_window_and_fewer_samples_are_no_reason_to_refuse(checkpoint: Path, file: Path):
     model = checkpoints.load(checkpoint)
     text = model.config.text
-    settings = Settings("model", 0.5, 0.55, 128, group=8, window=16, calibration_samples=64)
+    settings = Settings("model", 0.5, 0.55, 128, form=CacheFormat(8, window=16), calibration_samples=64)
     found = warm.load(file, settings, model.params, text.layers)
     assert len(found) == len(warm.MEASURES)
     raw = json.loads(file.read_text())
     np.testing.assert_allclose(found[0].keys, raw["loss_change"]["keys"])
     np.testing.assert_allclose(found[1].values, np.square(raw["attention_error"]["values"]))
     with pytest.raises(InputError, match="seed 0, which may be among"):
-        warm.load(file, Settings("model", 0.5, 0.55, 128, group=8, calibration_samples=3), model.params, text.layers)
+        warm.load(file, dataclasses.replace(settings, calibration_samples=3), model.params, text.layers)

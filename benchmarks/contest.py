@@ -14,24 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.search import search
-from kernels.quantize import PACKED_BITS
 from lmmjax import perplexity
 from lmmjax.cache import empty_search_cache
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.perplexity import Window
-from lmmjax.plan import CacheFormat
+from lmmjax.plan import BITS, CacheFormat
 from lmmjax.prune import keep_n_of_m, rank_model
 from lmmjax.prune.transform import Ranks
 from search import problem, sets, study
 from search.budget import WeightBudget
-from search.cache_budget import CacheBudget
 from search.objective import Evaluator, pruned
 from search.problem import Problem
 from search.settings import Settings
 from search.space import Candidate, dense
 
-PACKED = tuple(sorted(PACKED_BITS))
-"""The widths of a quantized cache that are packed; those between them have the same metadata."""
 WINDOWS = 4
 """Windows of text judged at once."""
 
@@ -65,25 +61,17 @@ class Sizes(NamedTuple):
 def cells(sparsity: Sequence[str], bits: Sequence[int], seeds: int) -> list[Cell]:
     """Returns all cells, the most telling first: a run that is cut off has left tables of one seed.
 
-    2:4 and the narrowest cache leave a search nothing to choose. A width between two packed ones has a rival that
-    takes as many bytes: keys of the wider, values of the narrower.
+    2:4 and the narrowest cache leave a search nothing to choose.
     """
     found = [Cell("dense", "", "dense", 0)]
     for seed in range(seeds):
         if not seed:
             found += [Cell("weights", level, "magnitude", 0) for level in sparsity]
             found += [Cell("cache", str(width), "uniform", 0) for width in bits]
-            found += [Cell("cache", str(width), "wider keys", 0) for width in bits if width not in PACKED]
         found += [Cell("weights", level, name, seed) for name in ("wanda", "lognorm") for level in sparsity]
         found += [Cell("weights", level, "searched", seed) for level in sparsity if ":" not in level]
-        found += [Cell("cache", str(width), "searched", seed) for width in bits if width > min(PACKED)]
+        found += [Cell("cache", str(width), "searched", seed) for width in bits if width > min(BITS)]
     return found
-
-
-def uniform_bytes(cache: CacheBudget, width: int) -> int:
-    """Returns the bytes of a cache of one width everywhere; codes alone make the difference between two widths."""
-    sides = (np.interp(width, PACKED, [table[bits] for bits in PACKED]) for table in cache.side_bytes.values())
-    return round(cache.text.layers * sum(sides))
 
 
 class Contest:
@@ -124,25 +112,21 @@ class Contest:
         return Contestant(nothing._replace(drops=budget.uniform()), ranks, {"kept": budget.kept(budget.uniform())})
 
     def _quantized(self, cell: Cell, nothing: Candidate) -> Contestant:
-        width, layers = int(cell.level), len(nothing.key_bits)
         whole = self._of_seed(cell.seed)[0]
-        nbytes = uniform_bytes(whole.space.cache, width)
+        widths = np.full(len(nothing.key_bits), int(cell.level))
+        nbytes = whole.space.cache.nbytes(widths, widths)
         if cell.method == "searched":
             chosen = self._under(cell.seed, 1.0, nbytes / whole.space.cache.dense_bytes)
             best, facts = search(chosen, study.tpe, self._sizes.trials)
             taken = chosen.space.cache.nbytes(best.key_bits, best.value_bits)
             return Contestant(best, whole.ranks, {"kv_bytes": taken, **facts})
-        keys = values = width
-        if cell.method == "wider keys":
-            keys, values = min(b for b in PACKED if b > width), max(b for b in PACKED if b < width)
-        alike = nothing._replace(key_bits=np.full(layers, keys), value_bits=np.full(layers, values))
-        return Contestant(alike, whole.ranks, {"kv_bytes": nbytes})
+        return Contestant(nothing._replace(key_bits=widths, value_bits=widths), whole.ranks, {"kv_bytes": nbytes})
 
     def _under(self, seed: int, keep: float, kv_keep: float) -> Problem:
         """Returns a seed's problem under other budgets."""
         whole = self._of_seed(seed)[0]
         settings = dataclasses.replace(whole.settings, budget=keep, kv_budget=kv_keep)
-        return dataclasses.replace(whole, settings=settings, space=settings.space(self._model.config.text))
+        return dataclasses.replace(whole, settings=settings, space=settings.space(self._model.config))
 
     def _prepare(self, seed: int) -> tuple[Problem, Evaluator]:
         """Returns a seed's problem, and what judges by the report set, which is that of seed 0."""

@@ -102,10 +102,17 @@ def empty_cache(layers: Layers) -> Cache:
     return Cache(layers=[DynamicLayer() if form is None else RoundedAtOnce(form) for form in layers])
 
 
-def score(model: LlavaForConditionalGeneration, layers: Layers, parts: Sequence[Window]) -> Iterator[Result]:
-    """Yields one window's sums after the other, as `lmmjax.perplexity.score` defines them."""
+def score(
+    model: LlavaForConditionalGeneration, layers: Layers, parts: Sequence[Window], whole: int = 1
+) -> Iterator[Result]:
+    """Yields one window's sums after the other, as `lmmjax.perplexity.score` defines them.
+
+    Windows are filled up at their end to multiples of `whole` tokens, of which the last window's groups partly consist;
+    no token that is scored attends to them.
+    """
     for window in parts:
-        states = _states(model, layers, window.tokens)
+        filling = [window.tokens[-1]] * (-len(window.tokens) % whole)
+        states = _states(model, layers, [*window.tokens, *filling])
         at = range(window.first, len(window.tokens))
         # A few positions at a time: all of a window's logits would be 100 MB for 512 tokens of 49k words.
         chunks = (at[start : start + CHUNK] for start in range(0, len(at), CHUNK))

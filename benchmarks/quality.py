@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures the cells that are missing in benchmarks/results/quality-NAME.json; returns 0."""
     runtime.prepare()
-    path = machine.RESULTS / f"quality-{args.name or _name(args.model)}.json"
+    path = machine.RESULTS / f"quality-{args.name or name_of(args.model)}.json"
     settings = _settings(args)
-    found = _found(path, settings)
+    found = found_in(path, settings, "cells")
     done = {_cell(row) for row in found}
     missing = [cell for cell in cells(args.sparsity, args.bits, args.seeds) if cell not in done]
     if missing:
         model = checkpoint.load(checkpoint.resolve(args.model))
-        contest = Contest(model, Sizes(*_sizes(args)), _windows(model, args), args.context, args.batch)
+        contest = Contest(model, Sizes(*_sizes(args)), windows(model, args), args.context, args.batch)
         for cell in tqdm(missing, unit="cell"):
             began = time.monotonic()
             found.append({**contest.measure(cell), "seconds": round(time.monotonic() - began, 1)})
@@ -53,35 +53,35 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what all cells of a file have in common."""
-    text = {"files": [file.name for file in _files(args.text)], "windows": args.windows}
+    text = {"files": [file.name for file in files(args.text)], "windows": args.windows}
     text |= {"context": args.context, "stride": args.stride}
-    return {"model": _name(args.model), **Sizes(*_sizes(args))._asdict(), "text": text if args.text else None}
+    return {"model": name_of(args.model), **Sizes(*_sizes(args))._asdict(), "text": text if args.text else None}
 
 
 def _sizes(args: argparse.Namespace) -> tuple[int, int, int, int]:
     return args.calibration_samples, args.search_samples, args.samples, args.trials
 
 
-def _found(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the cells that an earlier run of the same settings has left."""
+def found_in(path: Path, settings: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Returns the figures that an earlier run of the same settings has left."""
     if not path.exists():
         return []
     known = read_json(path)
     if known["settings"] != settings:
         raise InputError(f"{path} holds figures of other settings ({known['settings']}): give another --name, or them")
-    return known["cells"]
+    return known[key]
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def files(given: Sequence[Path]) -> list[Path]:
     """Returns the files, those of a directory in order of their names."""
     return [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
 
 
-def _windows(model: Checkpoint, args: argparse.Namespace) -> list[Window]:
+def windows(model: Checkpoint, args: argparse.Namespace) -> list[Window]:
     """Returns windows spread evenly over all of the text's."""
     if not args.text:
         return []
-    documents = perplexity.read(Processor.load(model.path, model.config), _files(args.text))
+    documents = perplexity.read(Processor.load(model.path, model.config), files(args.text))
     found = perplexity.windows(documents, args.context, args.stride)
     return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, args.windows).round().astype(int))]
 
@@ -90,7 +90,8 @@ def _cell(row: dict[str, Any]) -> Cell:
     return Cell(*(row[name] for name in Cell._fields))
 
 
-def _name(model: str | None) -> str:
+def name_of(model: str | None) -> str:
+    """Returns what a model's results are filed under."""
     return Path(model).resolve().name if model else checkpoint.EMBEDDED.name
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import kv_table, machine
 from lmmjax.errors import exit_code
 from lmmjax.files import write_atomic
 from lmmjax.intervals import wilson
@@ -16,15 +16,13 @@ TARGET = Path(__file__).parents[1] / "docs" / "results.md"
 INTRODUCTION = """# What compression costs
 
 Made by `python -m benchmarks.results` from the files in [benchmarks/results](../benchmarks/results); `python -m
-benchmarks.quality` measures.
+benchmarks.quality` and `python -m benchmarks.kv_quality` measure.
 
 Pruned models keep a dense KV cache and quantized caches stand under dense weights, so that each table shows one loss.
-*Searched* is what TPE found: a sparsity a layer for the score lognorm, or widths of 16, 8, 4 and 2 bits for each
-layer's keys and values in no more bytes than the uniform cache's. 2:4 and the narrowest cache leave it nothing to
-choose. 6 and 3 bits are computed as the packed widths are but have no packed format; *wider keys* takes as many
-bytes, keys with the next wider and values with the next narrower packed width. Uniform pruning takes the same share
-of every linear; the scores' statistics are one-shot, those of the dense model. A prompt's own queries see what is
-rounded.
+*Searched* is what TPE found: a sparsity a layer for the score lognorm, or widths for each layer's keys and values in
+no more bytes than the uniform cache's. 2:4 and the narrowest cache leave it nothing to choose. Uniform pruning takes
+the same share of every linear; the scores' statistics are one-shot, those of the dense model. A prompt's own queries
+see what is rounded.
 
 *Right* is the share of easy-VQA's test questions whose whole answer, greedily chosen, is the known one; KL is from
 the dense model, in nats an answer token. Mean ± deviation over seeds, where there are several: a seed draws the
@@ -47,8 +45,12 @@ def write() -> int:
 
 def page(folder: Path) -> str:
     """Returns the whole page of a folder's quality-*.json."""
-    files = sorted(folder.glob("quality-*.json"))
-    return "\n".join([INTRODUCTION, *(_model(path, json.loads(path.read_text())) for path in files)])
+    parts = [INTRODUCTION]
+    parts += [_model(path, json.loads(path.read_text())) for path in sorted(folder.glob("quality-*.json"))]
+    formats = [json.loads(path.read_text()) for path in sorted(folder.glob("kv-quality-*.json"))]
+    parts += [f"## KV cache formats\n\n{kv_table.LEGEND}"] if formats else []
+    parts += [f"### {found['settings']['model']}, formats\n\n{kv_table.page(found)}\n" for found in formats]
+    return "\n".join(parts)
 
 
 def _model(path: Path, found: Mapping[str, Any]) -> str:

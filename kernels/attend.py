@@ -55,7 +55,8 @@ def attend(
         append: how the queries' own tokens came; needed for t > 1 unless both stores are exact, because each
             query then sees what was rounded when the row ended with it.
         turn: the rotary embedding of all positions, if the keys are kept before it.
-        round_own: whether queries see the tokens of their own append rounded, as later queries will.
+        round_own: whether several queries see the tokens of their own append rounded, as later queries will. A single
+            query, a decode step, always sees them as the stores do.
         scale: factor of the scores, by default 1 / sqrt(d).
         backend: a name in `BACKENDS`. An explicit choice never falls back.
 

@@ -11,21 +11,22 @@ DTYPES = {"float16": jnp.float16, "float8": jnp.float8_e4m3fn}
 _BITS = {jnp.float16: jnp.uint16, jnp.float8_e4m3fn: jnp.uint8}
 
 
+def nearest(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
+    """Returns the nearest number of this kind; beyond its range, the end of the range."""
+    kind = DTYPES[metadata]
+    limit = float(jnp.finfo(kind).max)
+    return jnp.clip(x, -limit, limit).astype(kind)
+
+
 def at_most(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
     """Returns the largest number of this kind that is not above x; beyond its range, the end of the range."""
-    near = _nearest(x, metadata)
+    near = nearest(x, metadata)
     return jnp.where(near.astype(jnp.float32) > x, _below(near), near)
 
 
 def at_least(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
     """Returns the smallest number of this kind that is not below x; beyond its range, the end of the range."""
     return -at_most(-x, metadata)
-
-
-def _nearest(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
-    kind = DTYPES[metadata]
-    limit = float(jnp.finfo(kind).max)
-    return jnp.clip(x, -limit, limit).astype(kind)
 
 
 def _below(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

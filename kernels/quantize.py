@@ -2,8 +2,8 @@
 
 A group of values shares a `zero` (at most its minimum) and a `span` (at least up to its maximum), in few bits; a value
 x becomes the code whose level comes nearest to (x - zero) / span. Levels are evenly spaced in [0, 1], or a codebook's.
-Laws, with even levels and no clipping: |x - decode(encode(x))| <= span / (2 * (2^bits - 1)); a constant group that its
-metadata can hold has span 0 and is exact.
+Laws, with even levels, no clipping and values within the metadata's range: |x - decode(encode(x))| is at most
+span / (2 * (2^bits - 1)); a constant group that its metadata can hold has span 0 and is exact.
 Source: KIVI, arXiv:2402.02750, section 3; rounding the metadata outwards is ours, so that no code is clipped.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels import clip, codebook, metadata
-from kernels.metadata import DTYPES, Metadata
+from kernels.metadata import Metadata
 
 Axis = Literal["tokens", "channels"]
 """What a group runs along: `tokens` (one scale a channel, as for keys) or `channels` (one a token, as for values)."""
@@ -113,9 +113,10 @@ def _evenly(encoded: Encoded, bits: int | Array) -> Array:
 
 def _normal(x: Array, bits: int | Array, quantizer: Quantizer) -> Encoded:
     """Returns the codes on the normal distribution's levels; the mean is the zero, the deviation the span."""
-    kind, member = DTYPES[quantizer.metadata], quantizer.member
-    zero = x.mean(member, keepdims=True).astype(kind)
-    span = x.std(member, keepdims=True).astype(kind)
+    kind, member = quantizer.metadata, quantizer.member
+    zero = metadata.nearest(x.mean(member, keepdims=True), kind)
+    # About the mean as it is stored: what rounding it lost is made up for by a wider span.
+    span = metadata.nearest(jnp.sqrt(jnp.mean(jnp.square(x - _float(zero)), member, keepdims=True)), kind)
     unit = (x - _float(zero)) / jnp.where(span == 0, 1, _float(span))
     return Encoded(codebook.codes(unit, bits), span, zero)
 

@@ -112,12 +112,15 @@ def compress(stored: Checkpoint, plan: Plan | None = None) -> Model:
     if chosen is None or chosen == stored.plan:
         return Model(stored.config, stored.params, chosen)
     if not chosen.prunes or _drops_of(stored):
-        return Model(stored.config, _folded(stored, stored.params, chosen), chosen)
+        return Model(stored.config, _turned(stored, _is_folded(chosen)), chosen)
     from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs
 
     recipe = chosen.calibration
     print(f"pruning as the plan records, calibrated on {recipe.samples} samples of {recipe.data}", file=sys.stderr)
-    return Model(stored.config, _folded(stored, replay(stored, chosen), chosen), chosen)
+    # The plan's drops are those of the weights as they came, without a rotation.
+    plain = dataclasses.replace(stored, params=_turned(stored, False), plan=None)
+    pruned = dataclasses.replace(plain, params=replay(plain, chosen))
+    return Model(stored.config, _turned(pruned, _is_folded(chosen)), chosen)
 
 
 def _chosen(stored: Checkpoint, plan: Plan | None) -> Plan | None:
@@ -131,14 +134,17 @@ def _chosen(stored: Checkpoint, plan: Plan | None) -> Plan | None:
     return plan
 
 
-def _folded(stored: Checkpoint, params: Params, plan: Plan) -> Params:
-    """Returns a checkpoint's params with the values' rotation folded in, or taken out again, as the plan has it."""
-    were = stored.plan is not None and stored.plan.cache.rotate_values == "folded"
-    if were == (plan.cache.rotate_values == "folded"):
-        return params
+def _is_folded(plan: Plan | None) -> bool:
+    return plan is not None and plan.cache.rotate_values == "folded"
+
+
+def _turned(stored: Checkpoint, folded: bool) -> Params:
+    """Returns a checkpoint's params with the values' rotation folded in, or taken out."""
+    if _is_folded(stored.plan) == folded:
+        return stored.params
     from lmmjax.fold import fold_values
 
-    return fold_values(stored.config.text, params)
+    return fold_values(stored.config.text, stored.params)
 
 
 def answer(model: Model, processor: Processor, request: Request, show: Callable[[str], object]) -> Answer:

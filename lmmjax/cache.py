@@ -20,13 +20,15 @@ from lmmjax.plan import CacheFormat, Plan
 class Cache(struct.PyTreeNode):
     """All layers' keys and values; row b holds lengths[b] tokens, image tokens where `visual` says so.
 
-    `visual` is there only if a store keeps image tokens apart. `form` is how the stores quantize.
+    `visual` is there only if a store keeps image tokens apart. `form` is how the stores quantize, `apart` whether the
+    plan keeps image tokens apart wherever there is room for any.
     """
 
     layers: tuple[tuple[Store, Store], ...]
     lengths: Int[Array, "b"]
     visual: Visual = None
     form: CacheFormat = struct.field(pytree_node=False, default=CacheFormat())
+    apart: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def capacity(self) -> int:
@@ -56,20 +58,42 @@ class Cache(struct.PyTreeNode):
         own = jnp.take_along_axis(visual, jnp.clip(step, 0, visual.shape[1] - 1), axis=1)
         return self.replace(visual=self.visual | (own & (step >= 0) & (step < counts[:, None])))
 
-    def check_room(self, counts: Int[ArrayLike, "b"], images: Int[ArrayLike, "b"] = 0) -> None:
+    def room_left(self, images: Int[ArrayLike, "b"] | int = 0) -> Int[np.ndarray, "b"]:
+        """Returns how many more tokens of text each row surely has room for, beside images[b] more image tokens."""
+        images, lengths = np.asarray(images), np.asarray(self.lengths)
+        left = self.capacity - lengths - images
+        for store in self._splits:
+            # Sinks may take image tokens, so where these have a part of their own the sinks count for nothing.
+            apart, first = store.visual is not None, store.sinks.capacity if store.sinks else 0
+            held = lengths - self._seen if apart else lengths + images - first
+            left = np.minimum(left, store.text.capacity - held)
+        return left
+
+    def check_room(self, counts: Int[ArrayLike, "b"], images: Int[ArrayLike, "b"] | int = 0) -> None:
         """Raises InputError unless every row has room for counts[b] more tokens, images[b] of them image tokens."""
-        counts, images, lengths = np.asarray(counts), np.asarray(images), np.asarray(self.lengths)
-        seen = 0 if self.visual is None else np.asarray(self.visual).sum(1)
-        stores = [store for layer in self.layers for store in layer]
-        rooms = [("tokens", self.capacity, lengths + counts)]
-        for store in (store for store in stores if isinstance(store, Split)):
-            first = store.sinks.capacity if store.sinks else 0
-            text = lengths + counts - (seen + images if store.visual else 0) - first
-            rooms.append(("tokens of text", store.text.capacity, text))
-            rooms += [("image tokens", store.visual.capacity, seen + images)] if store.visual else []
-        for what, room, needed in rooms:
-            if np.max(needed) > room:
-                raise InputError(f"cache: full: it has room for {room} {what} a row, {np.max(needed)} would be there")
+        counts, images = np.asarray(counts), np.asarray(images)
+        if self.apart and self.visual is None and np.any(images > 0):
+            raise InputError("cache: its plan keeps image tokens apart, but it was made without room for any")
+        needed = np.asarray(self.lengths) + counts
+        parts = [store.visual.capacity for store in self._splits if store.visual is not None]
+        for what, room, there in (
+            ("tokens", self.capacity, needed),
+            ("image tokens", min(parts, default=self.capacity), self._seen + images),
+        ):
+            if np.max(there) > room:
+                raise InputError(f"cache: full: it has room for {room} {what} a row, {np.max(there)} would be there")
+        short = np.max(counts - images - self.room_left(images))
+        if short > 0:
+            raise InputError(f"cache: full: a row lacks room for {short} tokens of text")
+
+    @property
+    def _splits(self) -> list[Split]:
+        return [store for layer in self.layers for store in layer if isinstance(store, Split)]
+
+    @property
+    def _seen(self) -> Int[np.ndarray, "b"] | int:
+        """How many image tokens each row holds that are kept apart."""
+        return 0 if self.visual is None else np.asarray(self.visual).sum(1)
 
 
 def empty_cache(
@@ -105,7 +129,7 @@ def empty_cache(
         )
         for layer in plan.layers
     )
-    return _empty(layers, form, shape)
+    return _empty(layers, form, shape).replace(apart=plan.splits_images)
 
 
 def empty_search_cache(
@@ -160,8 +184,10 @@ def _dealt(
     """Returns a store of these bits for text and image tokens; one without parts where nothing sets them apart."""
     if not (form.sinks or rooms.images):
         return make(bits[0], side, _quantizer(form, side, shape[3]), shape[2], form.window)
+    # Sinks may turn out to be image tokens, and then all text lies in its own part.
+    text = rooms.text if rooms.images else rooms.text - form.sinks
     return Split(
-        text=make(bits[0], side, _quantizer(form, side, shape[3]), _whole(rooms.text - form.sinks, form), form.window),
+        text=make(bits[0], side, _quantizer(form, side, shape[3]), _whole(text, form), form.window),
         sinks=Dense.empty((*shape[:2], form.sinks, shape[3]), exact) if form.sinks else None,
         # No window: the latest image tokens are old ones as soon as text follows.
         visual=make(bits[1], side, _quantizer(form, side, shape[3], True), _whole(rooms.images, form), 0)

@@ -118,7 +118,7 @@ def _size(contender: Contender, asked: Asked) -> dict[str, Any]:
     """
     config, plan = contender.stored.config, contender.plan
     answering = answers.room(config, plan, asked.prompts, asked.max_tokens) if asked.prompts else engine.Room(0)
-    room = max(engine.Room(asked.context if asked.windows else 0), answering)
+    room = answering._replace(capacity=max(asked.context if asked.windows else 0, answering.capacity))
     formats = plan or uniform(config.text)
     return {
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(contender.stored.params)),

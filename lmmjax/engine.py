@@ -104,7 +104,7 @@ def start(
         tokens, lengths: prompts padded on the right (see `prompt.pad`), and how many tokens of each row count.
         images: all of the batch's images in order of appearance, from `encode_images`.
         max_tokens: at most so many a row; the context's end also ends an answer.
-        plan: its cache formats; None keeps a dense cache in the weights' dtype.
+        plan: its cache formats; None keeps a dense cache in the weights' dtype. Without effect on a `past`.
         sampling, keys: how tokens are drawn, and a key a row where the temperature is not 0.
         eos: tokens that end an answer.
         backend: of attention, see `kernels.attend`.
@@ -123,7 +123,8 @@ def start(
     else:
         past.check_room(lengths, visual)
         cache = past
-    limits = np.minimum(max_tokens, min(config.text.context, cache.capacity) + 1 - before - lengths)
+    left = np.minimum(config.text.context - before - lengths, cache.room_left(visual) - (lengths - visual))
+    limits = np.minimum(max_tokens, left + 1)
     state = State(
         cache=cache,
         answer=jnp.zeros((batch, cache.capacity), jnp.int32),
@@ -191,8 +192,8 @@ def room(
     """Returns the room for prompts of up to t tokens, images[b] of them image tokens, and for their answers."""
     if plan is None or not plan.splits_images:
         return Room(cache_capacity(config, t, max_tokens))
-    most = int(np.max(images))
-    return Room(cache_capacity(config, t - int(np.min(images)), max_tokens) + most, most)
+    most, text = int(np.max(images)), t - int(np.min(images))
+    return Room(min(bucket(text + max_tokens), max(text, config.text.context - int(np.min(images)))) + most, most)
 
 
 def cache_capacity(config: LlavaConfig, t: int, max_tokens: int) -> int:

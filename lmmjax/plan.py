@@ -23,6 +23,8 @@ CHOICES = {
     "codebook": ("uniform", "normal"),
 }
 """What each field of a CacheFormat may say."""
+MOST = 1 << 16
+"""No format speaks of more tokens or channels than this."""
 VERSION = 2
 
 
@@ -76,6 +78,10 @@ class CacheFormat:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise InputError(f"cache: got {name} {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if max(self.group, self.value_group or 1, self.sinks, self.window) > MOST:
+            raise InputError(f"cache: group, value_group, sinks and window: expected at most {MOST} each")
+        if self.clip and self.codebook == "normal":
+            raise InputError("cache: clip narrows ranges, of which codebook normal has none; choose one of them")
         if self.rotate_keys and self.keys == "before_rope":
             raise InputError("cache: rotate_keys turns keys after RoPE, but keys is before_rope; choose one of them")
 
@@ -166,6 +172,7 @@ class Plan:
         """Returns the plan itself if it fits a model of this shape; else raises InputError."""
         if len(self.layers) != text.layers:
             raise InputError(f"plan: got {len(self.layers)} layers, expected the model's {text.layers}")
+        self._check_groups(text.head_dim)
         for index, layer in enumerate(self.layers):
             for side in ("key_bits", "value_bits", "visual_key_bits", "visual_value_bits"):
                 bits = getattr(layer, side)
@@ -184,6 +191,17 @@ class Plan:
                 )
         return self
 
+    def _check_groups(self, head_dim: int) -> None:
+        """Raises InputError for groups along channels so small that their metadata outweighs the codes."""
+        sides = {"group": self.cache.key_quantizer(head_dim), "value_group": self.cache.value_quantizer(head_dim)}
+        for name, quantizer in sides.items():
+            asked = self.cache.value_group or self.cache.group if name == "value_group" else self.cache.group
+            if quantizer.axis == "channels" and quantizer.group < min(asked, head_dim, 4):
+                raise InputError(
+                    f"plan: cache.{name} {asked} and head_dim {head_dim} share no divisor above {quantizer.group};"
+                    " give a group that divides head_dim"
+                )
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -196,9 +214,9 @@ class Plan:
         """
         try:
             raw = _mapping(json.loads(text), "plan")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"plan: not JSON ({error})") from error
-        if raw.get("version") not in (1, VERSION):
+        if type(raw.get("version")) is not int or raw["version"] not in (1, VERSION):
             raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads 1 and {VERSION}")
         if not isinstance(raw.get("layers"), list):
             raise InputError("plan.layers: expected a list, one entry a decoder layer")

@@ -10,7 +10,7 @@ from kernels.stores.base import Shape, Visual, check_geometry, nbytes, positions
 
 
 class Rounded(struct.PyTreeNode):
-    """Values as Packed would give them back; 16 bits keep them exact."""
+    """Values as Packed would give them back; 16 bits keep them exact. It has no ring: what is cropped stays rounded."""
 
     values: Float[Array, "b h s d"]
     bits: Int[Array, ""]

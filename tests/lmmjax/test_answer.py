@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lmmjax import answer, engine
+from lmmjax.checkpoint import Checkpoint
+from lmmjax.config import LINEARS
 from lmmjax.errors import InputError
 from lmmjax.plan import CacheFormat, Calibration, Plan, uniform
 from lmmjax.prompt import Processor
@@ -179,3 +181,19 @@ def test_times_leave_compiling_out(model: answer.Model, processor: Processor):
     assert second.vision_ms > 0
     assert second.tokens_per_second == pytest.approx(1e3 * 23 / second.decode_ms)
     assert first.prefill_ms < first.compile_ms
+
+
+def test_weights_that_carry_a_rotation_are_pruned_without_it(model: answer.Model, monkeypatch):
+    """A plan's drops are those of the weights as they came: zeros in turned weights would be turned away."""
+    from lmmjax.fold import fold_values
+
+    folded = dataclasses.replace(plan_of(model, bits=4), cache=CacheFormat(rotate_values="folded"))
+    stored = Checkpoint(Path("folded"), model.config, fold_values(model.config.text, model.params), folded)
+    seen = []
+    monkeypatch.setattr("lmmjax.prune.replay", lambda given, plan: seen.append(given) or given.params)
+    drop = {**dict.fromkeys(LINEARS, 0), "v": 2}
+    pruned = answer.compress(stored, uniform(model.config.text, drop=drop))
+    assert seen[0].plan is None
+    for got in (seen[0].params, pruned.params):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(model.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)

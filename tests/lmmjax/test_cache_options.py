@@ -190,6 +190,9 @@ def test_a_cropped_cache_goes_on(name, params, prompt):
 
 def test_a_full_cache_says_so():
     cache = empty_cache(CONFIG.text, plan_of("plain"), 2, 16).replace(lengths=jnp.asarray([16, 3]))
+    unready = empty_cache(CONFIG.text, plan_of("image tokens apart"), 1, 16)
+    with pytest.raises(InputError, match="made without room for any"):
+        unready.check_room([4], [4])
     cache.check_room([0, 13])
     with pytest.raises(InputError, match="cache: full: it has room for 16 tokens a row, 17 would be there"):
         cache.check_room([1, 0])
@@ -197,5 +200,5 @@ def test_a_full_cache_says_so():
     apart.check_room([16, 2], [4, 0])
     with pytest.raises(InputError, match="room for 4 image tokens a row, 5 would be there"):
         apart.check_room([6, 0], [5, 0])
-    with pytest.raises(InputError, match="room for 12 tokens of text a row, 13 would be there"):
+    with pytest.raises(InputError, match="a row lacks room for 1 tokens of text"):
         apart.check_room([16, 0], [3, 0])

@@ -244,3 +244,26 @@ def test_a_past_without_room_is_refused(params: llava.Params, images: jax.Array)
     past = engine.read(CONFIG, params, cache, *pad([prompts()[0]]), images[:1])
     with pytest.raises(InputError, match="cache: full: it has room for 12 tokens a row, 13 would be there"):
         engine.start(CONFIG, params, *pad([[1] * 6]), past=past, max_tokens=1)
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 8])
+def test_parts_are_filled_to_their_last_place_and_no_further(params: llava.Params, images: jax.Array, sinks: int):
+    """Sinks that reach into the picture leave text its room; an answer ends where a part does."""
+    form = CacheFormat(group=4, sinks=sinks, visual_values="tokens", dtype="float32")
+    plan = Plan((LayerPlan(8, 8), LayerPlan(8, 8)), cache=form)
+    prompt = [1, *[39] * 4, *range(2, 13)]
+    exact = engine.generate(CONFIG, params, *pad([prompt]), images[:1], max_tokens=20)
+    assert engine.generate(CONFIG, params, *pad([prompt]), images[:1], max_tokens=20, plan=plan) == exact
+    cache = engine.new_cache(CONFIG, params, plan, 1, 48, images=16)
+    past = engine.read(CONFIG, params, cache, *pad([prompt[:-1]]), images[:1])
+    state = engine.start(CONFIG, params, *pad([prompt[-1:]]), past=past, max_tokens=40)
+    state = engine.decode(CONFIG, params, state, 40)
+    text = int(state.cache.lengths[0]) - 4
+    assert text <= cache.layers[0][1].text.capacity == 32
+    assert len(engine.answers(state)[0]) == 32 - 12 + 1
+
+
+def test_room_for_images_apart_is_no_more_than_the_context():
+    plan = PLANS["images apart"]
+    assert engine.room(CONFIG, plan, 40, [16], 100) == (64, 16)
+    assert engine.room(CONFIG, None, 40, [16], 100) == (64, 0)

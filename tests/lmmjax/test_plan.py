@@ -59,6 +59,8 @@ def changed(path: str, value):
         ("calibration.seed", -1, "seed -1"),
         ("score", ["x"], "plan.score: got"),
         ("version", 3, "got version 3, this lmmjax reads 1 and 2"),
+        ("version", True, "got version True"),
+        ("cache.sinks", 10**13, "at most 65536"),
     ],
 )
 def test_what_is_no_plan_is_named(path, value, named):
@@ -94,3 +96,15 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match="not a text file"):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("form", [{"clip": True, "codebook": "normal"}, {"rotate_keys": True, "keys": "before_rope"}])
+def test_options_that_exclude_each_other_are_refused(form):
+    with pytest.raises(InputError, match="choose one of them"):
+        CacheFormat(**form)
+
+
+def test_groups_that_would_outweigh_their_codes_are_refused():
+    plan = dataclasses.replace(PLAN, cache=CacheFormat(value_group=3))
+    with pytest.raises(InputError, match=r"cache.value_group 3 and head_dim 8 share no divisor above 1"):
+        plan.check(CONFIG.text)

@@ -18,6 +18,8 @@ from lmmjax.prune import rank_model
 from search.objective import Evaluator
 from search.space import dense
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--samples 6 --calibration-samples 4 --batch 2 --no-peers --contexts 96".split()
 
 

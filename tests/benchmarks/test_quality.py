@@ -8,6 +8,8 @@ import pytest
 from benchmarks import machine, quality
 from benchmarks.contest import cells
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--samples 6 --search-samples 4 --calibration-samples 4 --trials 2 --batch 2 --seeds 1 --name test".split()
 
 

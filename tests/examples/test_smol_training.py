@@ -23,6 +23,8 @@ from lmmjax.data import KINDS, answer_ids, load
 from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
+pytestmark = pytest.mark.slow
+
 STAGES = (Stage("align", 1, 2, 2), Stage("name", 2, 2, 2), Stage("match", 3, 2, 3))
 
 

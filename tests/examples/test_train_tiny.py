@@ -20,6 +20,8 @@ from lmmjax.data import encode, load
 from lmmjax.errors import InputError
 from lmmjax.prompt import Processor
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dataclasses.replace(
     learning.CONFIG,
     vision=dataclasses.replace(learning.CONFIG.vision, layers=1, feature_layers=(1,)),

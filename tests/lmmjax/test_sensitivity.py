@@ -23,6 +23,8 @@ from lmmjax.kv_rounding import Sides, given_back, positions, turned
 from lmmjax.plan import CacheFormat
 from lmmjax.sensitivity import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXT = CONFIG.text
 FORM = CacheFormat(group=4)

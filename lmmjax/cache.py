@@ -114,20 +114,14 @@ def empty_cache(
         part = (*shape[:2], tokens, shape[3])
         return Dense.empty(part, exact) if bits == 16 else Packed.empty(part, bits, side, quantizer, window, exact)
 
-    def store(side: Side, bits: int, visual_bits: int | None) -> Store:
-        visual_bits = bits if visual_bits is None else visual_bits
-        if bits == visual_bits == 16:
+    def store(side: Side, widths: tuple[int, int]) -> Store:
+        if widths == (16, 16):
             return Dense.empty(shape, exact)
-        room = images if _kept_apart(form, side, bits, visual_bits) else 0
-        rooms = _Rooms(shape[2] - room, room)
-        return _dealt(make, form, side, shape, exact, (bits, visual_bits), rooms)
+        room = images if form.keeps_apart(side, *widths) else 0
+        return _dealt(make, form, side, shape, exact, widths, _Rooms(shape[2] - room, room))
 
     layers = tuple(
-        (
-            store("keys", layer.key_bits, layer.visual_key_bits),
-            store("values", layer.value_bits, layer.visual_value_bits),
-        )
-        for layer in plan.layers
+        (store("keys", layer.widths("keys")), store("values", layer.widths("values"))) for layer in plan.layers
     )
     return _empty(layers, form, shape).replace(apart=plan.splits_images)
 
@@ -149,7 +143,7 @@ def empty_search_cache(
         return Rounded.empty((*shape[:2], tokens, shape[3]), bits, quantizer, window, form.dtype)
 
     def store(side: Side, index: int, bits: Int[Array, "l"], visual_bits: Int[Array, "l"] | None) -> Store:
-        apart = visual_bits is not None or _kept_apart(form, side, 2, 2)
+        apart = visual_bits is not None or form.keeps_apart(side, 2, 2)
         widths = (bits[index], (bits if visual_bits is None else visual_bits)[index])
         return _dealt(make, form, side, shape, form.dtype, widths, _Rooms(shape[2], shape[2] if apart else 0))
 
@@ -201,10 +195,6 @@ def _empty(layers: tuple[tuple[Store, Store], ...], form: CacheFormat, shape: Sh
     apart = any(isinstance(store, Split) and store.visual is not None for layer in layers for store in layer)
     visual = jnp.zeros((shape[0], shape[2]), bool) if apart else None
     return Cache(layers, jnp.zeros(shape[0], jnp.int32), visual, form)
-
-
-def _kept_apart(form: CacheFormat, side: Side, bits: int, visual_bits: int) -> bool:
-    return bits != visual_bits or (side == "values" and form.visual_values != "channels")
 
 
 def _quantizer(form: CacheFormat, side: Side, head_dim: int, visual: bool = False) -> Quantizer:

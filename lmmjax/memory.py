@@ -175,15 +175,11 @@ def memory_report(
 def _layer(plan: LayerPlan, params: Params, keys: Store, values: Store) -> LayerMemory:
     return LayerMemory(
         weights=_nbytes(params),
-        key_bits=_widths(plan.key_bits, plan.visual_key_bits),
-        value_bits=_widths(plan.value_bits, plan.visual_value_bits),
+        key_bits=plan.widths("keys"),
+        value_bits=plan.widths("values"),
         keys=SideMemory(**keys.sizes),
         values=SideMemory(**values.sizes),
     )
-
-
-def _widths(text: int, visual: int | None) -> tuple[int, int]:
-    return text, text if visual is None else visual
 
 
 def _parts(params: Params) -> dict[str, int]:

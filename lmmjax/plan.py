@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.quantize import PACKED_BITS, Quantizer
+from kernels.stores.base import Side
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 
@@ -92,6 +93,10 @@ class CacheFormat:
         along += [self.value_group or self.group] if self.visual_values == "tokens" else []
         return math.lcm(*along)
 
+    def keeps_apart(self, side: Side, bits: int, visual_bits: int) -> bool:
+        """Returns whether image tokens of these widths are kept otherwise than text."""
+        return bits != visual_bits or (side == "values" and self.visual_values != "channels" and bits < 16)
+
     def key_quantizer(self, head_dim: int) -> Quantizer:
         """Returns how keys of this many channels are rounded."""
         return self._quantizer(self.key_axis, self.group, head_dim)
@@ -120,6 +125,12 @@ class LayerPlan:
     drop: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(LINEARS, 0))
     visual_key_bits: int | None = None
     visual_value_bits: int | None = None
+
+    def widths(self, side: Side) -> tuple[int, int]:
+        """Returns the bits of text's keys or values, and of image tokens'."""
+        keys, values = (self.key_bits, self.visual_key_bits), (self.value_bits, self.visual_value_bits)
+        text, visual = keys if side == "keys" else values
+        return text, text if visual is None else visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +165,7 @@ class Plan:
     def splits_images(self) -> bool:
         """Whether some layer keeps image tokens otherwise than text."""
         return any(
-            bits != (bits if visual is None else visual) or (axis != "channels" and bits < 16)
-            for layer in self.layers
-            for bits, visual, axis in (
-                (layer.key_bits, layer.visual_key_bits, "channels"),
-                (layer.value_bits, layer.visual_value_bits, self.cache.visual_values),
-            )
+            self.cache.keeps_apart(side, *layer.widths(side)) for layer in self.layers for side in ("keys", "values")
         )
 
     def sparsity(self, text: TextConfig) -> float:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from lmmjax import weights
 from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
+from lmmjax.kv_error import SIDES, WIDTHS
 from lmmjax.llava import Params
-from lmmjax.plan import BITS
 from search.cache_budget import CacheBudget
 from search.knapsack import Pair, knapsack, undominated
 from search.settings import Settings
@@ -23,8 +23,6 @@ from search.space import Candidate, Space
 MEASURES = {"loss_change": 1, "attention_error": 2}
 """What a start makes small the sum of, by its name in the file, and to which power: errors of independent layers add
 up as squares do."""
-SIDES = ("keys", "values")
-WIDTHS = tuple(bits for bits in BITS if bits < 16)
 UNMEASURED = ("window", "dtype", "quantize_prefill")
 """Fields of a cache's format that the rounding itself does not depend on."""
 

@@ -172,7 +172,8 @@ FORMATS = [
     {"keys": "before_rope"},
     {"rotate_keys": True, "rotate_values": "online"},
     {"visual_values": "tokens", "sinks": 2},
-    {"clip": True, "metadata": "float8", "codebook": "normal"},
+    {"clip": True, "metadata": "float8"},
+    {"codebook": "normal", "metadata": "float8"},
 ]
 
 
@@ -302,9 +303,10 @@ def test_the_flags_of_the_cache_are_its_format():
     parser = argparse.ArgumentParser()
     cache_flags.add(parser)
     assert cache_flags.read(parser.parse_args([])) == CacheFormat()
-    words = "--group 8 --value-group 4 --sinks 2 --keys before_rope --clip --codebook normal".split()
-    expected = CacheFormat(8, 4, sinks=2, keys="before_rope", clip=True, codebook="normal", window=16)
+    words = "--group 8 --value-group 4 --sinks 2 --keys before_rope --clip --metadata float8".split()
+    expected = CacheFormat(8, 4, sinks=2, keys="before_rope", clip=True, metadata="float8", window=16)
     assert cache_flags.read(parser.parse_args(words), window=16) == expected
+    assert cache_flags.read(parser.parse_args(["--codebook", "normal"])) == CacheFormat(codebook="normal")
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,15 @@ def join(parts: tuple[Int[Array, "*b n"], ...], bits: int) -> UInt8[Array, "*b n
     return functools.reduce(jnp.bitwise_or, shifted)
 
 
-def run_of(n: int, width: int) -> int:
-    """Returns the run for n codes: the longest, a power of two up to 64, whose blocks they fill exactly.
+def run_of(n: int, bits: int, width: int) -> int:
+    """Returns the run of a plane for n codes: the longest, a power of two up to 64, whose blocks they fill exactly.
 
-    If none does, one block holds all: what is packed has an end of zeros then.
+    Both planes of a code take the same, so that a kernel finds the same codes in both. If none fits, one block holds
+    all: what is packed has an end of zeros then.
     """
+    most = fields(min(PLANES[bits]))
     runs = (1 << i for i in reversed(range(LONGEST_RUN.bit_length())))
-    return next((run for run in runs if n % (run * fields(width)) == 0), -(-n // fields(width)))
+    return next((run for run in runs if n % (run * most) == 0), -(-n // fields(width)))
 
 
 def count(n: int, width: int) -> int:
@@ -78,13 +80,18 @@ def place(at: Int[Array, "*b"], width: int, run: int) -> tuple[Int[Array, "*b"],
 
 
 def put(
-    plane: UInt16[Array, "b h d m"], codes: UInt16[Array, "b h d n"], at: Int[Array, "b n"], width: int, capacity: int
+    plane: UInt16[Array, "b h d m"],
+    codes: UInt16[Array, "b h d n"],
+    at: Int[Array, "b n"],
+    width: int,
+    run: int,
+    capacity: int,
 ) -> UInt16[Array, "b h d m"]:
     """Returns the plane with row b's codes at these indices along the last axis; from `capacity` on they are dropped.
 
     Adds the differences from what is there: several codes may share a word, and in sums their fields do not meet.
     """
-    word, bit = place(at, width, run_of(capacity, width))
+    word, bit = place(at, width, run)
     word = jnp.where(at < capacity, word, plane.shape[-1])
     mask = jnp.uint16((1 << width) - 1)
 

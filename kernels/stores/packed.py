@@ -122,6 +122,10 @@ class Packed(struct.PyTreeNode):
         rounded = take(self.read(lengths), jnp.maximum(position, 0)).astype(self.dtype)
         return self.replace(recent=jnp.where(lost[:, None, :, None], rounded, self.recent))
 
+    def _run(self, width: int) -> int:
+        """Returns the run of words in a plane of values."""
+        return words.run_of(self.capacity, self.bits, width)
+
     def _settled(self, lengths: Int[Array, "*b"]) -> Int[Array, "*b"]:
         return settled(lengths, self.quantizer, self.window)
 
@@ -131,7 +135,8 @@ class Packed(struct.PyTreeNode):
         if self.side == "keys":
             return tuple(write(plane, words.pack(part, width, plane.shape[3]), at) for plane, part, width in planes)
         return tuple(
-            words.put(plane, part.transpose(0, 1, 3, 2), at, width, self.capacity) for plane, part, width in planes
+            words.put(plane, part.transpose(0, 1, 3, 2), at, width, self._run(width), self.capacity)
+            for plane, part, width in planes
         )
 
     def _decoded(self) -> Float[Array, "b h s d"]:
@@ -141,8 +146,7 @@ class Packed(struct.PyTreeNode):
             parts = (words.unpack(plane, width, plane.shape[3], self.recent.shape[3]) for plane, width in planes)
             codes = words.join(tuple(parts), self.bits)
         else:
-            runs = (words.run_of(self.capacity, width) for _, width in planes)
-            parts = (words.unpack(*plane, run, self.capacity) for plane, run in zip(planes, runs, strict=True))
+            parts = (words.unpack(plane, width, self._run(width), self.capacity) for plane, width in planes)
             codes = words.join(tuple(parts), self.bits).transpose(0, 1, 3, 2)
         grouped = self.quantizer.split(codes.astype(jnp.float32))
         encoded = Encoded(grouped, self._per_group(self.span), self._per_group(self.zero))

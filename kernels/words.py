@@ -40,15 +40,15 @@ def join(parts: tuple[Int[Array, "*b n"], ...], bits: int) -> UInt8[Array, "*b n
     return functools.reduce(jnp.bitwise_or, shifted)
 
 
-def run_of(n: int, bits: int, width: int) -> int:
-    """Returns the run of a plane for n codes: the longest, a power of two up to 64, whose blocks they fill exactly.
+def run_of(n: int, bits: int) -> int:
+    """Returns the run for n codes: the longest, a power of two up to 64, whose blocks they fill exactly; else 1.
 
-    Both planes of a code take the same, so that a kernel finds the same codes in both. If none fits, one block holds
-    all: what is packed has an end of zeros then.
+    Both planes of a code take the same, so that a kernel finds the same codes in both. Blocks that are not filled
+    exactly end in zeros.
     """
     most = fields(min(PLANES[bits]))
     runs = (1 << i for i in reversed(range(LONGEST_RUN.bit_length())))
-    return next((run for run in runs if n % (run * most) == 0), -(-n // fields(width)))
+    return next((run for run in runs if n % (run * most) == 0), 1)
 
 
 def count(n: int, width: int) -> int:
@@ -77,6 +77,12 @@ def place(at: Int[Array, "*b"], width: int, run: int) -> tuple[Int[Array, "*b"],
     """Returns the word in which the code at this index lies, and the bit at which its field begins."""
     block, inside = at // (fields(width) * run), at % (fields(width) * run)
     return block * run + inside % run, (inside // run * width).astype(jnp.uint16)
+
+
+def get(plane: UInt16[Array, "b h d m"], at: Int[Array, "b n"], width: int, run: int) -> UInt16[Array, "b h d n"]:
+    """Returns row b's codes at these indices along the last axis."""
+    picked = jax.vmap(lambda row, word, bit: jnp.take(row, word, axis=-1, mode="clip") >> bit)
+    return picked(plane, *place(at, width, run)) & jnp.uint16((1 << width) - 1)
 
 
 def put(

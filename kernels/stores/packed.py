@@ -68,6 +68,11 @@ class Packed(struct.PyTreeNode):
         )
 
     @property
+    def run(self) -> int:
+        """The run of words in a plane of values."""
+        return words.run_of(self.capacity, self.bits)
+
+    @property
     def exact(self) -> bool:
         return False
 
@@ -84,8 +89,8 @@ class Packed(struct.PyTreeNode):
     ) -> "Packed":
         t, step, new = new.shape[2], self.quantizer.step, new.astype(self.dtype)
         counts = jnp.minimum(counts, self.capacity - starts)
-        first = self._settled(starts)
-        flushed = self._settled(starts + counts) - first
+        first = self.settled(starts)
+        flushed = self.settled(starts + counts) - first
         length = -(-t // step) * step
         block = self._gather(new, first[:, None] + jnp.arange(length), starts)
         encoded = quantize.encode(self.quantizer.split(block.astype(jnp.float32)), self.bits, self.quantizer)
@@ -99,7 +104,7 @@ class Packed(struct.PyTreeNode):
         )
 
     def read(self, lengths: Int[Array, "b"], visual: Visual = None) -> Float[Array, "b h s d"]:
-        settled = (jnp.arange(self.capacity) < self._settled(lengths)[:, None])[:, None, :, None]
+        settled = (jnp.arange(self.capacity) < self.settled(lengths)[:, None])[:, None, :, None]
         stored = self._decoded()
         if self.recent.shape[2]:
             slots = jnp.arange(self.capacity) % self.recent.shape[2]
@@ -107,7 +112,27 @@ class Packed(struct.PyTreeNode):
         return jnp.where(within(lengths, self.capacity), stored, 0)
 
     def rounded(self, ages: Int[Array, "b t"], visual: Visual = None) -> Bool[Array, "b t s"]:
-        return jnp.arange(self.capacity) < self._settled(ages)[..., None]
+        return jnp.arange(self.capacity) < self.settled(ages)[..., None]
+
+    def settled(self, lengths: Int[Array, "*b"]) -> Int[Array, "*b"]:
+        """Returns how many of the first tokens lie in codes in a row of this length."""
+        return settled(lengths, self.quantizer, self.window)
+
+    def decoded_at(self, at: Int[Array, "b n"]) -> Float[Array, "b h n d"]:
+        """Returns what the codes of a few positions stand for."""
+        planes = zip(self.codes, words.PLANES[self.bits], strict=True)
+        if self.side == "keys":
+            d = self.recent.shape[3]
+            parts = (words.unpack(take(plane, at), width, plane.shape[3], d) for plane, width in planes)
+        else:
+            parts = (words.get(plane, at, width, self.run).transpose(0, 1, 3, 2) for plane, width in planes)
+        codes = words.join(tuple(parts), self.bits).astype(jnp.float32)
+        encoded = Encoded(codes, *(self._meta_at(meta, at) for meta in (self.span, self.zero)))
+        return quantize.decode(encoded, self.bits, self.quantizer)
+
+    def recent_at(self, at: Int[Array, "b n"]) -> Float[Array, "b h n d"]:
+        """Returns the ring's tokens at positions that it still holds."""
+        return take(self.recent, at % self.recent.shape[2])
 
     def crop(self, lengths: Int[Array, "b"], kept: Int[Array, "b"], visual: Visual = None) -> "Packed":
         """Returns the store with only the first tokens: exact again where the ring still has them, else rounded.
@@ -122,20 +147,13 @@ class Packed(struct.PyTreeNode):
         rounded = take(self.read(lengths), jnp.maximum(position, 0)).astype(self.dtype)
         return self.replace(recent=jnp.where(lost[:, None, :, None], rounded, self.recent))
 
-    def _run(self, width: int) -> int:
-        """Returns the run of words in a plane of values."""
-        return words.run_of(self.capacity, self.bits, width)
-
-    def _settled(self, lengths: Int[Array, "*b"]) -> Int[Array, "*b"]:
-        return settled(lengths, self.quantizer, self.window)
-
     def _write_codes(self, codes: Float[Array, "b h n d"], at: Int[Array, "b n"]) -> tuple[Array, ...]:
         parts = words.split(codes.astype(jnp.uint16), self.bits)
         planes = zip(self.codes, parts, words.PLANES[self.bits], strict=True)
         if self.side == "keys":
             return tuple(write(plane, words.pack(part, width, plane.shape[3]), at) for plane, part, width in planes)
         return tuple(
-            words.put(plane, part.transpose(0, 1, 3, 2), at, width, self._run(width), self.capacity)
+            words.put(plane, part.transpose(0, 1, 3, 2), at, width, self.run, self.capacity)
             for plane, part, width in planes
         )
 
@@ -146,7 +164,7 @@ class Packed(struct.PyTreeNode):
             parts = (words.unpack(plane, width, plane.shape[3], self.recent.shape[3]) for plane, width in planes)
             codes = words.join(tuple(parts), self.bits)
         else:
-            parts = (words.unpack(plane, width, self._run(width), self.capacity) for plane, width in planes)
+            parts = (words.unpack(plane, width, self.run, self.capacity) for plane, width in planes)
             codes = words.join(tuple(parts), self.bits).transpose(0, 1, 3, 2)
         grouped = self.quantizer.split(codes.astype(jnp.float32))
         encoded = Encoded(grouped, self._per_group(self.span), self._per_group(self.zero))
@@ -157,6 +175,13 @@ class Packed(struct.PyTreeNode):
         if self.quantizer.axis == "tokens":
             return jnp.expand_dims(meta, -2)
         return jnp.expand_dims(meta.transpose(0, 1, 3, 2), -1)
+
+    def _meta_at(self, meta: Array, at: Int[Array, "b n"]) -> Array:
+        """Returns every channel's span or zero at these positions."""
+        if self.quantizer.axis == "tokens":
+            return take(meta, at // self.quantizer.group)
+        picked = jax.vmap(lambda row, i: jnp.take(row, i, axis=-1, mode="clip"))(meta, at)
+        return jnp.repeat(picked.transpose(0, 1, 3, 2), self.quantizer.group, axis=-1)
 
     def _write_meta(self, meta: Array, new: Array, at: Int[Array, "b n"]) -> Array:
         """Returns spans or zeros with those of some groups (tokens) written."""
@@ -170,7 +195,7 @@ class Packed(struct.PyTreeNode):
         fresh = take(new, jnp.clip(at - starts[:, None], 0, new.shape[2] - 1))
         if not self.recent.shape[2]:
             return fresh
-        old = take(self.recent, at % self.recent.shape[2])
+        old = self.recent_at(at)
         return jnp.where((at < starts[:, None])[:, None, :, None], old, fresh)
 
     def _slide(self, new: Array, starts: Int[Array, "b"], counts: Int[Array, "b"]) -> Array:

@@ -28,16 +28,20 @@ class Rows(NamedTuple):
     visual: Visual = None
 
 
-def attend(
-    q: Float[Array, "b h t d"],
-    keys: Store,
-    values: Store,
-    rows: Rows,
-    append: Append | None,
-    turn: Rotation | None,
-    round_own: bool,
-    scale: float,
-) -> Float[Array, "b h t d"]:
+class Call(NamedTuple):
+    """What every backend is given: the arguments of `kernels.attend.attend`, checked and complete."""
+
+    q: Float[Array, "b h t d"]
+    keys: Store
+    values: Store
+    rows: Rows
+    append: Append | None
+    turn: Rotation | None
+    round_own: bool
+    scale: float
+
+
+def attend(call: Call) -> Float[Array, "b h t d"]:
     """Returns softmax(q K^T * scale) V over the tokens that each query may see.
 
     Query i of row b stands at position starts[b] + i and sees the positions up to its own, each exact or
@@ -45,6 +49,7 @@ def attend(
     finds both in the store; several, which settle tokens behind one another, take the exact ones from `append`.
     Keys kept before RoPE take their `turn`, that of all positions, after they were read.
     """
+    q, keys, values, rows, append, turn, round_own, scale = call
 
     def turned(k: Float[Array, "b k s d"]) -> Float[Array, "b k s d"]:
         return k if turn is None else rotate(k, turn)

@@ -167,7 +167,6 @@ def answer(model: Model, processor: Processor, request: Request, show: Callable[
         "sampling": request.sampling,
         "keys": jax.random.split(jax.random.key(request.seed), 1),
         "eos": processor.eos,
-        "backend": request.backend,
     }
     state = clock("prefill", engine.start, config, params, tokens, lengths, images, **settings)
     kv_bytes, kv_capacity = state.cache.nbytes, state.cache.capacity
@@ -227,11 +226,12 @@ def _settled(text: str, done: bool) -> str:
 
 
 def _attention(model: Model, t: int, room: engine.Room, name: str | None) -> dict[str, tuple[str, ...]]:
-    """Returns which backends will run in each phase, known before anything is computed."""
-    cache = planned_cache(model.config, model.params, model.plan, 1, *room)
+    """Returns which backends will run in each phase, known before anything is computed; `name` is decode's."""
+    config, params, plan = model
+    cache = planned_cache(config, params, plan, 1, *room)
     try:
-        phases = {"prefill": t, "decode": 1}
-        return {phase: engine.backends(model.config, model.params, cache, step, name) for phase, step in phases.items()}
+        phases = {"prefill": (t, None), "decode": (1, name)}
+        return {phase: engine.backends(config, params, cache, *asked) for phase, asked in phases.items()}
     except ValueError as error:
         raise InputError(f"--backend: {error}") from error
 

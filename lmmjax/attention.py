@@ -5,6 +5,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import hadamard
+from kernels.append import append
 from kernels.attend import attend
 from kernels.reference import Append
 from kernels.rope import Rotation, rotate
@@ -38,8 +39,8 @@ class CachedAttention(struct.PyTreeNode):
         q, k, turn = self._turned(q, k, rotation)
         online = self.form.rotate_values == "online" and not self.values.exact
         v = _hadamard(v) if online else v
-        keys = self.keys.append(k, self.starts, self.counts, self.visual)
-        values = self.values.append(v, self.starts, self.counts, self.visual)
+        rows = self.starts, self.counts, self.visual
+        keys, values = append(self.keys, k, *rows), append(self.values, v, *rows)
         out = attend(
             q,
             keys,

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", type=int, default=0, help="of the draws; default: 0")
     add("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
     add("--json", action="store_true", help="print one line with text, tokens, timings and bytes instead")
-    add("--backend", metavar="NAME", help="of attention; an explicit choice never falls back")
+    add("--backend", metavar="NAME", help="of attention in decode steps; an explicit choice never falls back")
     add("--show-prompt", action="store_true", help="print the prompt as the model sees it, on stderr")
     dry = parser.add_argument_group("to know before: bytes of the weights and the KV cache").add_argument
     dry("--dry-run", action="store_true", help="print them and load nothing; exit code 1 if --memory is too little")

@@ -10,8 +10,9 @@ from tiny_checkpoints import hf_config, random_tensors, write_hf
 from convert import hf
 from lmmjax import engine
 
-# Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time.
-jax.config.update("jax_disable_most_optimizations", True)
+# Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time. On a
+# GPU they prove what users run.
+jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 
 
 @pytest.fixture(scope="session")

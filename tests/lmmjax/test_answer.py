@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from kernels.gpu import device
 from lmmjax import answer, engine
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LINEARS
@@ -170,6 +171,9 @@ def test_bytes_are_those_of_the_buffers(model: answer.Model, processor: Processo
 def test_what_cannot_run_says_whose_fault_it_is(model: answer.Model, processor: Processor):
     with pytest.raises(InputError, match="--backend: backend: got 'fast'"):
         answer.answer(model, processor, request_of(processor, backend="fast"), lambda _: None)
+    if device.current() is None:
+        with pytest.raises(InputError, match=r"--backend: backend 'triton' cannot run .* needs a CUDA device"):
+            answer.answer(model, processor, request_of(processor, backend="triton"), lambda _: None)
 
 
 def test_times_leave_compiling_out(model: answer.Model, processor: Processor):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from small import CONFIG, encoded
 
+from kernels.gpu import device
 from lmmjax import engine, llava
 from lmmjax.errors import InputError
 from lmmjax.plan import CacheFormat, LayerPlan, Plan
@@ -193,6 +194,21 @@ def test_the_backends_that_ran_are_named(params: llava.Params, images: jax.Array
     assert engine.backends(CONFIG, params, state.cache, 1) == ("reference",)
     with pytest.raises(ValueError, match="expected one of"):
         engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8, backend="none such")
+
+
+@pytest.mark.slow
+def test_a_kernel_in_the_decode_loop_answers_as_the_reference_does(params: llava.Params, images: jax.Array):
+    """Interpreted on the CPU: prefill takes what can run, the loop's steps the kernel that was asked for."""
+    form = CacheFormat(group=16, sinks=1, rotate_keys=True, rotate_values="online", clip=True, metadata="float8")
+    plan = Plan((LayerPlan(4, 4), LayerPlan(16, 8)), cache=form).check(CONFIG.text)
+
+    def answers(backend: str) -> list[list[int]]:
+        state = engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=6, plan=plan)
+        with device.speaking_of(device.EMULATED):
+            assert engine.backends(CONFIG, params, state.cache, 1, backend) == (backend,)
+            return engine.answers(engine.decode(CONFIG, params, state, 5, backend))
+
+    assert answers("triton") == answers("reference")
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -1,0 +1,107 @@
+"""Attention of a few queries by a kernel: from the op's call to parts of a row, and from their results to its own."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.gpu import device
+from kernels.gpu.device import Device
+from kernels.gpu.merge import Partials, merge
+from kernels.gpu.mosaic import call as mosaic
+from kernels.gpu.settled import Part, layout, unreadable
+from kernels.gpu.tiles import MOSAIC, TRITON, Tiles, tiles_of
+from kernels.gpu.triton import call as triton
+from kernels.reference import Call
+
+QUERIES = 8
+"""The most queries a row; more are a prompt's, whose attention is a matter of arithmetic and not of reading a cache."""
+CHANNELS = 256
+"""The largest head_dim: beyond it a tile does not fit a multiprocessor's registers."""
+
+
+def triton_unsupported(call: Call) -> str | None:
+    """Returns why the Triton kernel cannot compute a call, or None."""
+    return _unsupported(call, (8, 0))
+
+
+def with_triton(call: Call) -> Float[Array, "b h t d"]:
+    """Returns the attention by the Triton kernel."""
+    gpu = device.current()
+    assert gpu is not None
+    tiles = tiles_of(TRITON, gpu.kind)
+    run = functools.partial(triton.partials, tiles=tiles, interpret=gpu.interpret)
+    return _over_parts(call, lambda q, part: _splits(q, part, tiles, gpu), run)
+
+
+def mosaic_unsupported(call: Call) -> str | None:
+    """Returns why the Mosaic kernel cannot compute a call, or None."""
+    reasons = [_unsupported(call, (9, 0))]
+
+    def look(*arrays: Any) -> None:
+        traced = call._replace(**dict(zip(call._fields, arrays, strict=False)))
+        parts, tail = layout(traced)
+        reasons.extend(mosaic.unsupported(_rows(traced, part), part, tail) for part in parts)
+
+    if reasons == [None]:
+        # Shapes decide, and only a trace knows them.
+        jax.eval_shape(look, *call[: call._fields.index("turn")])
+    return next((reason for reason in reasons if reason), None)
+
+
+def with_mosaic(call: Call) -> Float[Array, "b h t d"]:
+    """Returns the attention by the Mosaic kernel."""
+    gpu = device.current()
+    assert gpu is not None
+    tiles = tiles_of(MOSAIC, gpu.kind)
+    run = functools.partial(mosaic.partials, interpret=gpu.interpret)
+    return _over_parts(call, lambda q, part: _splits(q, part, tiles, gpu), run)
+
+
+def _unsupported(call: Call, capability: tuple[int, int]) -> str | None:
+    """Returns why a kernel for devices from this capability on cannot compute a call, or None."""
+    gpu = device.current()
+    if gpu is None:
+        return "it needs a CUDA device"
+    if gpu.capability < capability:
+        needed, has = (".".join(map(str, pair)) for pair in (capability, gpu.capability))
+        return f"it needs compute capability {needed}, this device has {has}"
+    t, d = call.q.shape[2:]
+    if t > QUERIES:
+        return f"it takes up to {QUERIES} queries a row, got {t}"
+    if t > 1 and call.append is None:
+        return "several queries need their append"
+    if d > CHANNELS:
+        return f"it takes a head_dim of up to {CHANNELS}, got {d}"
+    if call.turn is not None:
+        return "keys kept before RoPE would have to be turned one by one"
+    return unreadable(call.keys, call.values)
+
+
+def _over_parts(
+    call: Call, splits: Callable[[Array, Part], int], run: Callable[..., Partials]
+) -> Float[Array, "b h t d"]:
+    """Returns the attention over a layer's parts and what is beside their codes, merged."""
+    parts, tail = layout(call)
+    q = _rows(call, parts[0])
+    # What is beside the codes goes with the first part.
+    tails = [tail, *[None] * (len(parts) - 1)]
+    scale = call.scale * math.log2(math.e)
+    partials = [run(q, part, own, scale, splits=splits(q, part)) for part, own in zip(parts, tails, strict=True)]
+    return merge(partials).reshape(call.q.shape).astype(call.q.dtype)
+
+
+def _rows(call: Call, part: Part) -> Float[Array, "b k m d"]:
+    """Returns the queries as rows of their kv heads, in float32."""
+    b, _, _, d = call.q.shape
+    return call.q.astype(jnp.float32).reshape(b, part.keys.planes[0].shape[1], -1, d)
+
+
+def _splits(q: Array, part: Part, tiles: Tiles, gpu: Device) -> int:
+    """Returns how many programs share a row: enough to fill the device, and each with a step of tokens at least."""
+    wanted = -(-tiles.waves * gpu.cores // (q.shape[0] * q.shape[1]))
+    return max(min(wanted, -(-part.capacity // (4 * tiles.tokens))), 1)

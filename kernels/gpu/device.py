@@ -1,0 +1,44 @@
+"""The GPU that kernels are made for: the one there is, or one that is only spoken of."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+
+class Device(NamedTuple):
+    """Compute capability, multiprocessors and name of a GPU. `interpret`: kernels run on the CPU, slowly, for tests."""
+
+    capability: tuple[int, int]
+    cores: int
+    kind: str = ""
+    interpret: bool = False
+
+
+USUAL_CORES = 132
+"""Of an H100, where the device does not say: how a row is shared depends on it, not what comes of it."""
+EMULATED = Device((9, 0), 2, interpret=True)
+_spoken_of: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
+
+
+def current() -> Device | None:
+    """Returns the GPU that is spoken of, else the first that JAX computes on; None if that is none."""
+    if _spoken_of.get() is not None:
+        return _spoken_of.get()
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        return None
+    major, minor = str(device.compute_capability).split(".")
+    return Device((int(major), int(minor)), getattr(device, "core_count", None) or USUAL_CORES, device.device_kind)
+
+
+@contextlib.contextmanager
+def speaking_of(device: Device) -> Iterator[None]:
+    """Lets all that is traced inside be made for this device: compiled where there is none, or interpreted."""
+    token = _spoken_of.set(device)
+    try:
+        yield
+    finally:
+        _spoken_of.reset(token)

@@ -1,0 +1,1 @@
+"""Split-KV decode attention in Pallas Mosaic GPU: Hopper."""

@@ -1,0 +1,1 @@
+"""Split-KV decode attention in Pallas Triton: Ampere, Ada, Orin and later."""

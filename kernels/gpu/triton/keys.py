@@ -1,0 +1,134 @@
+"""Scores of a tile of keys: from words in the matrix units, or from rows of 16-bit numbers."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from kernels.gpu.fields import BIAS, Field, a_byte_further, fields, metadata, numbers, unit
+from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, columns, dot, load, pick, power, run_index
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedKeys:
+    """Keys as words (s, w) a plane; spans and zeros (s / group, d); the queries as they meet each field."""
+
+    shapes: Shapes
+    planes: list[Any]
+    span: Any
+    zero: Any
+    fields: list[list[Field]]
+    group: int
+    queries: list[list[Float[Array, "rows w"]]]
+
+    @classmethod
+    def of(cls, shapes: Shapes, refs: list[Any], bits: int, group: int, q_ref: Any, scale: float) -> "PackedKeys":
+        *planes, span, zero = refs
+        every = fields(bits)
+        pairs = zip(planes, every, strict=True)
+        queries = [[_query(shapes, q_ref, plane, field) * scale for field in own] for plane, own in pairs]
+        return cls(shapes, planes, span, zero, every, group, queries)
+
+    def together(self, tiles: int, stride: int) -> int:
+        """Returns how many tiles share their operands: while they adjoin, and their groups fit a product's columns."""
+        lanes = self.shapes.lanes
+        return max(min(tiles, COLUMNS * self.group // (self.shapes.rows * lanes)), 1) if stride == lanes else 1
+
+    def operands(self, first: Int[Array, ""], tiles: int) -> tuple[list[list[Array]], Array]:
+        """Returns what each field is multiplied with, a column a group and query row, and what each column adds.
+
+        They serve so many adjoining tiles.
+        """
+        rows, blocks = self.shapes.rows, self._blocks(tiles)
+        group = jnp.minimum(first // self.group + jnp.arange(blocks), self.span.shape[0] - 1)
+        factors, added = [], jnp.zeros((blocks * rows,), jnp.float32)
+        for plane, own, queries in zip(self.planes, self.fields, self.queries, strict=True):
+            factors.append([])
+            for field, q in zip(own, queries, strict=True):
+                at = _channels(self.shapes, plane, field)
+                span = metadata(load(self.span, group, at))
+                x = self._each(span, q * (field.factor * unit(self.span))).astype(jnp.float16)
+                each = -BIAS * x.astype(jnp.float32)
+                if field.plane == 0:
+                    each += self._each(metadata(load(self.zero, group, at)), q * unit(self.zero))
+                added += jnp.sum(each, axis=1)
+                factors[-1].append(_filled(x.T))
+        return factors, _filled(added[None])[0]
+
+    def _blocks(self, tiles: int) -> int:
+        """Returns how many groups the tokens of adjoining tiles lie in."""
+        return max(tiles * self.shapes.lanes // self.group, 1)
+
+    def _each(self, x: Float[Array, "blocks w"], q: Float[Array, "rows w"]) -> Float[Array, "blocks*rows w"]:
+        return x * q if self.shapes.rows == 1 else (x[:, None] * q[None]).reshape(-1, q.shape[1])
+
+    def scores(
+        self, operands: tuple[list[list[Array]], Array], tile: int, tiles: int, rows: Any
+    ) -> Float[Array, "n *rows"]:
+        """Returns the scores of a tile in these rows, by its number among those that share the operands."""
+        factors, added = operands
+        shapes = self.shapes
+        total = jnp.broadcast_to(added[None], (shapes.tokens, added.shape[0]))
+        for plane, own, each in zip(self.planes, self.fields, factors, strict=True):
+            word = load(plane, rows, run_index(0, plane.shape[1], _wide(plane)))
+            shifted = a_byte_further(word, shapes.interpret)
+            for field, factor in zip(own, each, strict=True):
+                total += dot(numbers(word, shifted, field, shapes.interpret), factor)
+        token = tile * shapes.lanes + jnp.arange(shapes.tokens) % shapes.lanes
+        return pick(total, token // self.group if self._blocks(tiles) > 1 else 0, shapes.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseKeys:
+    """Keys as rows (s, d) of 16-bit numbers."""
+
+    shapes: Shapes
+    k: Any
+    queries: Float[Array, "d columns"]
+    scale: float
+
+    @classmethod
+    def of(cls, shapes: Shapes, ref: Any, q_ref: Any, scale: float) -> "DenseKeys":
+        q = load(q_ref, pl.ds(0, shapes.rows), run_index(0, shapes.d, shapes.channels))
+        q = jnp.where(jnp.arange(shapes.channels)[None] < shapes.d, q, 0).astype(ref.dtype)
+        return cls(shapes, ref, columns(q[0] if shapes.rows == 1 else q.T, shapes.wide(1)), scale)
+
+    def together(self, tiles: int, stride: int) -> int:
+        return tiles
+
+    def operands(self, first: Int[Array, ""], tiles: int) -> None:
+        return None
+
+    def scores(self, operands: None, tile: int, tiles: int, rows: Any) -> Float[Array, "n *rows"]:
+        """Returns the scores of the tile in these rows."""
+        k = load(self.k, rows, run_index(0, self.shapes.d, self.shapes.channels))
+        return pick(dot(k, self.queries), 0, self.shapes.rows) * self.scale
+
+
+def _filled(x: Float[Array, "n m"]) -> Float[Array, "n columns"]:
+    """Returns x with its columns repeated until they fill the narrowest product."""
+    n, m = x.shape
+    return x if m >= COLUMNS else jnp.broadcast_to(x[:, None], (n, COLUMNS // m, m)).reshape(n, COLUMNS)
+
+
+def _wide(plane: Any) -> int:
+    return max(power(plane.shape[1]), NARROWEST)
+
+
+def _channels(shapes: Shapes, plane: Any, field: Field) -> Any:
+    """Returns which channels a field of all words of a token holds; past the end, some that are there."""
+    first = field.index * plane.shape[1]
+    at = run_index(first, plane.shape[1], _wide(plane))
+    if first + plane.shape[1] <= shapes.d:
+        return at
+    return jnp.minimum(first + jnp.arange(_wide(plane)) % plane.shape[1], shapes.d - 1)
+
+
+def _query(shapes: Shapes, q_ref: Any, plane: Any, field: Field) -> Float[Array, "rows w"]:
+    """Returns the queries' channels that a field holds, zero where it holds none."""
+    word = jnp.arange(_wide(plane))
+    real = (word < plane.shape[1]) & (field.index * plane.shape[1] + word < shapes.d)
+    q = load(q_ref, pl.ds(0, shapes.rows), _channels(shapes, plane, field))
+    return jnp.where(real[None], q, 0)

@@ -93,6 +93,7 @@ CASES: dict[str, Case] = {
     "a draft behind image tokens": Case(
         (8, 4), (2, 2, 64), t=2, group=32, value_group=64, visual=(4, 16), images=(0, 100), lengths=(150, 120)
     ),
+    "twelve query rows of a kv head": Case((4, 4), (6, 2, 64), t=4, group=64, value_group=64, lengths=(150, 9)),
     "short runs of words": Case((4, 3), _SMOL, capacity=96, lengths=(90, 33), group=32, value_group=64),
     "a head_dim of 80": Case((4, 4), (2, 2, 80), group=16, value_group=80, lengths=(100, 300)),
 }

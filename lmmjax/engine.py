@@ -168,8 +168,11 @@ def generate(
     backend: str | None = None,
     **settings: Any,
 ) -> list[list[int]]:
-    """Returns the whole answer of every row, its ending token included. Arguments are those of `start`."""
-    state = start(config, params, tokens, lengths, images, backend=backend, **settings)
+    """Returns the whole answer of every row, its ending token included. Arguments are those of `start`.
+
+    `backend` is that of the attention of decode steps; the prompts take the first that can.
+    """
+    state = start(config, params, tokens, lengths, images, **settings)
     return answers(decode(config, params, state, state.answer.shape[1], backend))
 
 

@@ -20,6 +20,8 @@ from kernels.reference import Call
 
 QUERIES = 8
 """The most queries a row; more are a prompt's, whose attention is a matter of arithmetic and not of reading a cache."""
+ROWS = 8
+"""The most query rows of a kv head that are taken at once: with 32 a kernel spills."""
 CHANNELS = 256
 """The largest head_dim: beyond it a tile does not fit a multiprocessor's registers."""
 
@@ -45,7 +47,7 @@ def mosaic_unsupported(call: Call) -> str | None:
     def look(*arrays: Any) -> None:
         traced = call._replace(**dict(zip(call._fields, arrays, strict=False)))
         parts, tail = layout(traced)
-        reasons.extend(mosaic.unsupported(_rows(traced, part), part, tail) for part in parts)
+        reasons.extend(mosaic.unsupported(_rows(traced, part)[:, :, : _at_once(call)], part, tail) for part in parts)
 
     if reasons == [None]:
         # Shapes decide, and only a trace knows them.
@@ -91,8 +93,20 @@ def _over_parts(
     # What is beside the codes goes with the first part.
     tails = [tail, *[None] * (len(parts) - 1)]
     scale = call.scale * math.log2(math.e)
-    partials = [run(q, part, own, scale, splits=splits(q, part)) for part, own in zip(parts, tails, strict=True)]
-    return merge(partials).reshape(call.q.shape).astype(call.q.dtype)
+
+    def attend(rows: Array) -> Float[Array, "b k m d"]:
+        pairs = zip(parts, tails, strict=True)
+        return merge([run(rows, part, own, scale, splits=splits(rows, part)) for part, own in pairs])
+
+    step = _at_once(call)
+    out = [attend(q[:, :, i : i + step]) for i in range(0, q.shape[2], step)]
+    return jnp.concatenate(out, axis=2).reshape(call.q.shape).astype(call.q.dtype)
+
+
+def _at_once(call: Call) -> int:
+    """Returns how many query rows are taken at once: all new tokens of as many heads as fit."""
+    t = call.q.shape[2]
+    return max(ROWS // t, 1) * t
 
 
 def _rows(call: Call, part: Part) -> Float[Array, "b k m d"]:

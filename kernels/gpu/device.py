@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,15 +29,21 @@ def current() -> Device | None:
     if _spoken_of.get() is not None:
         return _spoken_of.get()
     device = jax.local_devices()[0]
-    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+    # AMD's have names such as gfx90a there.
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    if device.platform != "gpu" or found is None:
         return None
-    major, minor = str(device.compute_capability).split(".")
-    return Device((int(major), int(minor)), getattr(device, "core_count", None) or USUAL_CORES, device.device_kind)
+    return Device(
+        (int(found[1]), int(found[2])), getattr(device, "core_count", None) or USUAL_CORES, device.device_kind
+    )
 
 
 @contextlib.contextmanager
 def speaking_of(device: Device) -> Iterator[None]:
-    """Lets all that is traced inside be made for this device: compiled where there is none, or interpreted."""
+    """Lets all that is traced inside be made for this device: compiled where there is none, or interpreted.
+
+    What `jax.jit` has traced once keeps its device, inside and outside.
+    """
     token = _spoken_of.set(device)
     try:
         yield

@@ -14,6 +14,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from kernels import words
 
 BIAS = 1024.0
+LIFT = 128.0
+"""What softmax's weights are multiplied with before they are rounded to float16, and divided by at the end.
+
+Where one token outweighs all others, these would vanish below float16's numbers. A group's span times this must be one.
+"""
 _HALF_1024 = 0x6400
 _PAIR = 0x10001
 

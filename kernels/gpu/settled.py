@@ -83,8 +83,7 @@ def unreadable(keys: Store, values: Store) -> str | None:
             reason = _unreadable(side, part)
             if reason:
                 return f"{side} {reason}"
-    apart = [isinstance(store, Split) and store.visual is not None for store in (keys, values)]
-    return "keys and values keep different parts" if apart[0] != apart[1] else None
+    return None if _shares(keys) == _shares(values) or _alike(keys, values) else "keys and values keep different parts"
 
 
 def layout(call: Call) -> tuple[list[Part], Tail | None]:
@@ -96,10 +95,30 @@ def layout(call: Call) -> tuple[list[Part], Tail | None]:
         base = jnp.zeros_like(pair.after)
         if name != "sinks":
             held = pair.before if several else pair.after
-            base = jnp.minimum(_settled(pair.keys, held), _settled(pair.values, held))
-            parts.append(Part(_codes(pair.keys, pair.offsets[0]), _codes(pair.values, pair.offsets[1]), base))
-        tails += _views(pair, base, _rest(pair, t) if name != "sinks" else pair.keys.capacity, t, call.round_own)
+            part = Part(
+                _codes(pair.keys, pair.offsets[0]),
+                _codes(pair.values, pair.offsets[1]),
+                jnp.minimum(_settled(pair.keys, held), _settled(pair.values, held)),
+            )
+            # A length beyond the capacity is a caller's mistake, but no kernel may read past an array for it.
+            base = jnp.minimum(part.counts, part.capacity)
+            parts.append(part._replace(counts=base))
+        rest = _rest(pair, t) if name != "sinks" else min(pair.keys.capacity, pair.values.capacity)
+        tails += _views(pair, base, rest, t, call.round_own)
     return parts, _joined(tails) if tails else None
+
+
+def _shares(store: Store) -> tuple[int, bool]:
+    """Returns how many sinks a store has, and whether it keeps image tokens apart."""
+    if not isinstance(store, Split):
+        return 0, False
+    return store.sinks.capacity if store.sinks is not None else 0, store.visual is not None
+
+
+def _alike(keys: Store, values: Store) -> bool:
+    """Returns whether one side is exact, so that it can be read as if it had the other's sinks."""
+    dense = any(isinstance(store, Dense) for store in (keys, values))
+    return dense and not (_shares(keys)[1] or _shares(values)[1])
 
 
 def _unreadable(side: str, store: Store) -> str | None:
@@ -111,6 +130,8 @@ def _unreadable(side: str, store: Store) -> str | None:
         return "are codes of a codebook, no numbers"
     if store.quantizer.axis != ("tokens" if side == "keys" else "channels"):
         return f"are grouped along {store.quantizer.axis}"
+    if side == "keys" and store.quantizer.group & (store.quantizer.group - 1):
+        return f"are in groups of {store.quantizer.group}, no power of two"
     block = words.fields(min(words.PLANES[store.bits])) * store.run
     return f"of a capacity of {store.capacity} fill no whole blocks of words" if store.capacity % block else None
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kernels.gpu.fields import LIFT
 from kernels.gpu.mosaic import layouts
 from kernels.gpu.mosaic.block import Block, Copy
 from kernels.gpu.mosaic.layouts import GROUPS, MATRIX, ROWS, across, down, folded, full, joined, load
@@ -51,9 +52,9 @@ class Values:
         plan, shared = self.block.plan, self.block.shared
         p = down(p, LANES) if plan.alone and plan.value_groups > 1 else p
         spans, zeros = (self._meta(meta, slot) for meta in shared.value_meta)
-        lacking = [folded(p * zero) * plan.values.levels for zero in zeros]
+        lacking = [folded(p * zero) * (LIFT * plan.values.levels) for zero in zeros]
         for plane, operand in zip(plan.values.planes, shared.weights, strict=True):
-            weights = [plane.weight(i % plane.fields) for i in range(plan.step // TILE)]
+            weights = [LIFT * plane.weight(i % plane.fields) for i in range(plan.step // TILE)]
             scaled = [layouts.weighted(p * span, weights).astype(jnp.float16) for span in spans]
             operand.at[slot].T[...] = self._columns(scaled)
             lacking = [a - folded(x.astype(jnp.float32)) * BASE for a, x in zip(lacking, scaled, strict=True)]
@@ -81,7 +82,7 @@ class Values:
             product = own_column(product, column, plan.interpret)
         else:
             product = layouts.by_group(product, plan.values.group)
-        return product * (1 / plan.values.levels)
+        return product * (1 / (LIFT * plan.values.levels))
 
     def _meta(self, meta: Any, slot: Int[Array, ""]) -> list[Array]:
         """Returns spans or zeros: (s,), or (4, s) with a group for each lane, or (s, 8) for each group."""

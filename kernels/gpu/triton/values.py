@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import BIAS, Field, a_byte_further, fields, further, metadata, numbers, unit
+from kernels.gpu.fields import BIAS, LIFT, Field, a_byte_further, fields, further, metadata, numbers, unit
 from kernels.gpu.triton.shapes import COLUMNS, Shapes, array, columns, dot, load, outer, pick, power, run_index
 
 Sums = tuple[Array, ...]
@@ -36,6 +36,11 @@ class PackedValues:
     def of(cls, shapes: Shapes, refs: list[Any], bits: int, group: int, run: int) -> "PackedValues":
         *planes, span, zero = refs
         return cls(shapes, planes, span, zero, fields(bits), group, run)
+
+    @property
+    def lift(self) -> float:
+        """By how much weights are larger while they are float16: so much that the largest field's are `LIFT` spans."""
+        return LIFT / max(field.factor for own in self.fields for field in own)
 
     @property
     def tiles(self) -> int:
@@ -82,7 +87,7 @@ class PackedValues:
         for tile, p in enumerate(weights):
             start = self.first(step) + tile * self.stride
             span, zero = (self._metadata(ref, start) for ref in (self.span, self.zero))
-            scaled = p * unit(self.span)
+            scaled = p * (unit(self.span) * self.lift)
             spans.append(outer(span, scaled))
             lacking += outer(zero, scaled)
         for tile, field, word, shifted in self._tiles(step):
@@ -93,7 +98,7 @@ class PackedValues:
 
     def out(self, sums: Sums) -> Float[Array, "channels *rows"]:
         """Returns the weighted sum of values."""
-        product, lacking = sums
+        product, lacking = (x * (1 / self.lift) for x in sums)
         less = jnp.sum(lacking, axis=0)
         if self.blocks == 1:
             return pick(product, 0, self.shapes.rows) + less

@@ -12,7 +12,6 @@ MOST = {
     # (keys' and values' bits, group, query rows): issue slots a key or value element
     (16, 16, 128, 1): 1.12,
     (8, 8, 128, 1): 2.66,
-    (6, 6, 128, 1): 3.1,
     (4, 4, 128, 1): 2.3,
     (3, 3, 128, 1): 4.1,
     (2, 2, 128, 1): 2.0,

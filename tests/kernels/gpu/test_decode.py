@@ -1,5 +1,7 @@
 """Every backend on every case: interpreted here, as it runs on a GPU, against float64."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from kernels import attend as op
 from kernels.cases import CASES, Case, relative_error
 from kernels.gpu import device
 from kernels.gpu.device import EMULATED, Device
+from kernels.gpu.settled import layout
+from kernels.reference import Call, Rows
 
 LIMIT = 2e-3
 """The most that rounding may cost. float16 queries and weights cost about 1e-3; results stay in float32 here."""
@@ -23,6 +27,19 @@ def test_triton_interpreted_equals_float64(name: str):
     with device.speaking_of(EMULATED):
         out = run(case, made._replace(q=made.q.astype(jnp.float32)), "triton")
     assert relative_error(np.asarray(out), expected(case, made)) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2)])
+def test_what_one_token_outweighs_does_not_vanish(bits: tuple[int, int]):
+    """A first token twelve nats above all others, with a value of next to nothing: the others are what is left."""
+    case = Case(bits, (1, 1, 64), (256,), 256, group=32, value_group=32, metadata="float16")
+    made = make(case)
+    k = made.k.at[:, :, 0].set(made.q[:, :, 0] * jnp.asarray(12 / jnp.sum(made.q**2) * 8, jnp.bfloat16))
+    made = made._replace(q=made.q.astype(jnp.float32), k=k, v=made.v.at[:, :, 0].set(0.0))
+    with device.speaking_of(EMULATED):
+        out = run(case, made, "triton")
+    assert relative_error(np.asarray(out), expected(case, made)) <= 2 * LIMIT
 
 
 @pytest.mark.gpu
@@ -62,6 +79,46 @@ def test_without_a_gpu_a_kernel_says_so(backend: str):
 def test_what_no_kernel_takes_is_refused_with_its_reason(case: Case, reason: str):
     with device.speaking_of(EMULATED), pytest.raises(ValueError, match=reason):
         run(case, make(case), "triton")
+
+
+def test_key_groups_that_are_no_power_of_two_are_refused():
+    case = Case((4, 4), (2, 2, 16), (12,), 96, group=24, value_group=16)
+    with device.speaking_of(EMULATED), pytest.raises(ValueError, match="keys are in groups of 24, no power of two"):
+        run(case, make(case), "triton")
+
+
+@pytest.mark.parametrize("sinks", [(1, 0), (1, 2)])
+def test_sides_with_unlike_parts_are_refused(sinks: tuple[int, int]):
+    cases = [Case((4, 4), (2, 2, 16), (12,), 32, group=16, value_group=16, sinks=count) for count in sinks]
+    keys, values = cases[0].stores()[0], cases[1].stores()[1]
+    q = make(cases[0]).q
+    with device.speaking_of(EMULATED), pytest.raises(ValueError, match="keep different parts"):
+        op.attend(q, keys, values, jnp.asarray([3]), backend="triton")
+
+
+def test_an_exact_side_lends_only_its_sinks():
+    case = Case((16, 4), (1, 1, 16), (20,), 64, group=16, value_group=16, sinks=2)
+    keys, values = case.stores()
+    rows = Rows(jnp.asarray([20]), jnp.asarray([19]))
+    parts, tail = layout(Call(make(case).q, keys, values, rows, None, None, True, 1.0))
+    assert tail is not None
+    assert tail.k.shape == (1, 1, 2, 16)
+    assert [int(part.counts[0]) for part in parts] == [18]
+
+
+def test_no_length_leads_past_the_words():
+    case = Case((4, 4), (1, 1, 16), (20,), 64, group=16, value_group=16)
+    rows = Rows(jnp.asarray([500]), jnp.asarray([499]))
+    parts, _ = layout(Call(make(case).q, *case.stores(), rows, None, None, True, 1.0))
+    assert int(parts[0].counts[0]) == 64
+
+
+@pytest.mark.parametrize(("name", "capability"), [("gfx90a", None), ("9.0", (9, 0)), ("12.0", (12, 0))])
+def test_a_device_is_known_by_its_compute_capability(name: str, capability: tuple[int, int] | None, monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=name, core_count=4, device_kind="a GPU")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    found = device.current()
+    assert (found and found.capability) == capability
 
 
 def test_an_old_device_is_refused():

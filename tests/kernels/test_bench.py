@@ -170,7 +170,7 @@ def test_without_torch_it_is_said_and_jax_remains(monkeypatch, capsys):
 def test_who_cannot_run_fails_or_is_wrong_leaves_a_reason_and_no_time(monkeypatch, tmp_path):
     backends = {
         "picky": attend.Backend(lambda *_: pytest.fail("ran"), lambda *_: "needs a GPU"),
-        "zero": attend.Backend(lambda q, *_: jnp.zeros_like(q), lambda *_: None),
+        "zero": attend.Backend(lambda call: jnp.zeros_like(call.q), lambda *_: None),
     }
     monkeypatch.setattr(attend, "BACKENDS", backends)
     shape = Shape(1, 128, 2, 2, 32)

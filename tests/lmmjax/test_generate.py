@@ -256,7 +256,7 @@ def test_bad_prompts_end_in_one_line(ask, checkpoint: Path, capsys: pytest.Captu
         "2 <image> for 1 image": ask(prompt="<image> <image>"),
         "do not fit the model's context of 128": ask(prompt="x" * 200),
         "holds half a character": ask(prompt="\udc80"),
-        "--prompt: got an empty text": ["--prompt", ""],
+        "--prompt: got an empty text": ["--model", str(checkpoint), "--prompt", ""],
         "--prompt: none given": ["--model", str(checkpoint)],
     }
     for says, argv in cases.items():

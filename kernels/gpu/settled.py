@@ -181,11 +181,11 @@ def _codes(store: Store, offset: int) -> Codes:
     if isinstance(store, Dense):
         return Codes((store.values,), None, None, 16, offset=offset)
     assert isinstance(store, Packed)
-    span, zero = (_bits(meta) for meta in (store.span, store.zero))
+    span, zero = (stored_bits(meta) for meta in (store.span, store.zero))
     return Codes(store.codes, span, zero, store.bits, store.quantizer.group, store.run)
 
 
-def _bits(meta: Array) -> Array:
+def stored_bits(meta: Array) -> Array:
     """Returns float8 as bytes, because GPUs before Ada have no float8; float16 as it is."""
     return meta if meta.dtype == jnp.float16 else jax.lax.bitcast_convert_type(meta, jnp.uint8)
 

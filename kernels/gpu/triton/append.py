@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import words
+from kernels.gpu.settled import stored_bits
 from kernels.gpu.triton.rounding import Rounding
 from kernels.gpu.triton.shapes import power
 from kernels.stores import Packed
@@ -98,7 +99,7 @@ def append(
     if reason := unsupported(store, t):
         raise ValueError(f"store: {reason}; use its own `append`")
     program = Program.of(store, t, interpret)
-    codes, ring = [*store.codes, _bits(store.span), _bits(store.zero)], [store.recent] * program.has_ring
+    codes, ring = [*store.codes, stored_bits(store.span), stored_bits(store.zero)], [store.recent] * program.has_ring
     inputs = [starts.astype(jnp.int32), counts.astype(jnp.int32), new, *ring, *codes]
     aliases = {3 + len(ring) + i: i for i in range(len(codes))} | ({3: len(codes)} if ring and t == 1 else {})
     call = pl.pallas_call(
@@ -254,10 +255,6 @@ class Program:
             left -= width
             found.append((ref, (codes >> left) & (1 << width) - 1, width))
         return found
-
-
-def _bits(meta: Array) -> Array:
-    return meta if meta.dtype == jnp.float16 else jax.lax.bitcast_convert_type(meta, jnp.uint8)
 
 
 def _whole(x: Array) -> pl.BlockSpec:

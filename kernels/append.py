@@ -1,22 +1,15 @@
 """The public op: new tokens into one side of a layer's cache, by a kernel where one can. Choice of backend."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from kernels import backends
+from kernels.backends import Backend
 from kernels.gpu import device
 from kernels.gpu.triton import append as triton
 from kernels.stores import Packed, Split, Store
 from kernels.stores.base import Visual
-
-
-class Backend(NamedTuple):
-    """A way to append to a store without parts; `unsupported` says why it cannot take t tokens, or None."""
-
-    run: Callable[[Store, Array, Array, Array], Store]
-    unsupported: Callable[[Store, int], str | None]
 
 
 def append(
@@ -34,18 +27,8 @@ def append(
     """
     if isinstance(store, Split):
         return store.append(new, starts, counts, visual, into=functools.partial(append, backend=backend))
-    return BACKENDS[_choose(backend, store, new.shape[2])].run(store, new, starts, counts)
-
-
-def _choose(name: str | None, store: Store, t: int) -> str:
-    if name is None:
-        return next(name for name, backend in BACKENDS.items() if backend.unsupported(store, t) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].unsupported(store, t)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot append to this store: {reason}")
-    return name
+    chosen = backends.choose(backend, BACKENDS, "append to this store", store, new.shape[2])
+    return BACKENDS[chosen].run(store, new, starts, counts)
 
 
 def _by_triton(store: Store, new: Array, starts: Array, counts: Array) -> Store:
@@ -66,4 +49,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(_by_triton, _not_by_triton),
     "reference": Backend(lambda store, *arrays: store.append(*arrays), lambda *_: None),
 }
-"""In order of preference. XLA makes some twenty launches of what the kernel does in one."""
+"""What appends to a store without parts, in order of preference, asked with the store and the number of new tokens.
+
+XLA makes some twenty launches of what the kernel does in one.
+"""

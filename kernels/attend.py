@@ -2,35 +2,37 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from jaxtyping import Array, Float, Int
 
-from kernels import reference
+from kernels import backends, prefill, reference
+from kernels.backends import Backend
 from kernels.gpu import decode
 from kernels.reference import Append, Call, Rows
 from kernels.rope import Rotation
 from kernels.stores import Store
 from kernels.stores.base import Visual
 
-
-class Backend(NamedTuple):
-    """A way to compute `attend`; `unsupported`, given the same call, says why it cannot, or None."""
-
-    run: Callable[[Call], Array]
-    unsupported: Callable[[Call], str | None]
-
-
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(decode.with_triton, decode.triton_unsupported),
     "mosaic": Backend(decode.with_mosaic, decode.mosaic_unsupported),
     "reference": Backend(reference.attend, lambda _: None),
 }
-"""In order of preference: without an explicit choice, the first that has no reason against it runs.
+"""For a few queries a row, in order of preference: without a choice, the first that has no reason against it runs.
 
 triton reads every width on every GPU since Ampere; mosaic takes a seventh to a quarter fewer instructions on Hopper but
 serves fewer formats, and stays a choice until both are measured; reference runs anywhere.
+"""
+PROMPTS: dict[str, Backend] = {
+    "cudnn": Backend(prefill.with_cudnn, prefill.cudnn_unsupported),
+    "reference": BACKENDS["reference"],
+    "xla": Backend(prefill.with_xla, prefill.xla_unsupported),
+}
+"""For more queries a row, likewise.
+
+cudnn holds no scores and reads a first prompt's own tokens alone. xla does the latter, too, and runs anywhere, but lays
+a key out for each pair of states: a choice, because reference is faster where prompts see themselves rounded.
 """
 
 _choices: contextvars.ContextVar[list[str]] = contextvars.ContextVar("choices")
@@ -65,7 +67,7 @@ def attend(
         round_own: whether several queries see the tokens of their own append rounded, as later queries will. A single
             query, a decode step, always sees them as the stores do.
         scale: factor of the scores, by default 1 / sqrt(d).
-        backend: a name in `BACKENDS`. An explicit choice never falls back.
+        backend: a name in `BACKENDS` or `PROMPTS`. An explicit choice never falls back.
 
     Raises:
         ValueError: shapes do not fit, or the chosen backend cannot serve this call (says why).
@@ -79,7 +81,7 @@ def attend(
     call = Call(q, keys, values, rows, append, turn, round_own, factor)
     chosen = choose(backend, call)
     _choices.get([]).append(chosen)
-    return BACKENDS[chosen].run(call)
+    return {**PROMPTS, **BACKENDS}[chosen].run(call)
 
 
 @contextlib.contextmanager
@@ -94,11 +96,5 @@ def recorded() -> Iterator[list[str]]:
 
 def choose(name: str | None, call: Call) -> str:
     """Returns the name of the backend that runs a call: `name` if it is given and able, else the first able one."""
-    if name is None:
-        return next(name for name, backend in BACKENDS.items() if backend.unsupported(call) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].unsupported(call)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this call: {reason}")
-    return name
+    first = PROMPTS if call.q.shape[2] > decode.QUERIES else BACKENDS
+    return backends.choose(name, {**first, **BACKENDS, **PROMPTS}, "run this call", call)

@@ -98,6 +98,26 @@ CASES: dict[str, Case] = {
     "a head_dim of 80": Case((4, 4), (2, 2, 80), group=16, value_group=80, lengths=(100, 300)),
 }
 
+_KIVI = Case((4, 4), (4, 2, 64), group=32, value_group=32, metadata="float16", window=32)
+PROMPTS: dict[str, Case] = {
+    "exact": Case((16, 16), (4, 2, 64), (40, 40), 48, t=40),
+    "exact, behind other tokens": Case((16, 16), (4, 1, 64), (60, 45), 64, t=40),
+    "exact, of unlike lengths": Case((16, 16), (2, 2, 64), (40, 9), 48, t=40),
+    "4 bits, no window": Case((4, 4), (4, 2, 64), (40, 33), 64, t=40, group=16, value_group=32),
+    "4 bits, KIVI's format": dataclasses.replace(_KIVI, lengths=(80, 80), capacity=96, t=80),
+    "KIVI's format, behind other tokens": dataclasses.replace(_KIVI, lengths=(90, 61), capacity=96, t=24),
+    "a first prompt beside a later one": dataclasses.replace(_KIVI, lengths=(90, 30), capacity=96, t=40),
+    "exact values beside sinks": Case((4, 16), (2, 2, 64), (50, 40), 64, t=40, group=16, value_group=64, sinks=2),
+    "exact keys beside a sink": Case((16, 3), (2, 2, 64), (50, 40), 64, t=40, group=16, value_group=64, sinks=1),
+    "image tokens of fewer bits": Case(
+        (4, 4), (2, 2, 64), (60, 33), 64, t=40, group=16, value_group=64, visual=(2, 2), images=(3, 30), sinks=1
+    ),
+    "image tokens' values exact": Case(
+        (8, 4), (2, 1, 64), (40, 40), 64, t=40, group=16, value_group=64, visual=(4, 16), images=(4, 25), window=16
+    ),
+}
+"""Of more new tokens than kernels take. A row shorter than `t` was empty before, and its prompt is padded behind."""
+
 
 def relative_error(found: Float[np.ndarray, "*any"], expected: Float[np.ndarray, "*any"]) -> float:
     """Returns the Frobenius norm of the difference over that of what is expected, in float64."""

@@ -64,11 +64,12 @@ def expected(case: Case, made: Made) -> np.ndarray:
     for i in range(case.t):
         lengths = jnp.asarray(case.lengths) - case.t + i + 1
         keys, values = (np.float64(x) for x in read(made, lengths))
-        out[:, :, i] = _alone(np.float64(made.q[:, :, i]), keys, values, np.asarray(lengths))
+        out[:, :, i] = alone(np.float64(made.q[:, :, i]), keys, values, np.asarray(lengths))
     return out
 
 
-def _alone(q: np.ndarray, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def alone(q: np.ndarray, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns the attention of one query a row, q (b, h, d), over each row's first tokens, in float64."""
     (b, h, d), k = q.shape, keys.shape[1]
     scores = np.einsum("bkrd,bksd->bkrs", q.reshape(b, k, h // k, d), keys) / np.sqrt(d)
     seen = np.arange(keys.shape[2]) < lengths[:, None]

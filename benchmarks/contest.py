@@ -20,9 +20,9 @@ from lmmjax.checkpoint import Checkpoint
 from lmmjax.perplexity import Window
 from lmmjax.plan import BITS, CacheFormat
 from lmmjax.prune import keep_n_of_m, rank_model
+from lmmjax.prune.budget import WeightBudget
 from lmmjax.prune.transform import Ranks
 from search import problem, sets, study
-from search.budget import WeightBudget
 from search.objective import Evaluator, pruned
 from search.problem import Problem
 from search.settings import Settings

@@ -42,8 +42,8 @@ def measure(layers: int, place: Path) -> dict[str, float]:
     """Returns the checkpoint's size, and peak memory and seconds of its conversion and export."""
     write_random(layers, place / "hf")
     size = (place / "hf" / "model.safetensors").stat().st_size
-    there = command("convert.hf", place / "hf", place / "lmmjax")
-    back = command("convert.export", place / "lmmjax", place / "back")
+    there = timed("convert.hf", str(place / "hf"), str(place / "lmmjax"))
+    back = timed("convert.export", str(place / "lmmjax"), str(place / "back"))
     return {
         "gigabytes": size / 1e9,
         **{f"convert_{name}": value for name, value in there.items()},
@@ -60,14 +60,14 @@ def write_random(layers: int, target: Path) -> None:
     write_hf(params, raw, target, carried_files(EMBEDDED))
 
 
-def command(module: str, source: Path, target: Path) -> dict[str, float]:
+def timed(module: str, *arguments: str) -> dict[str, float]:
     """Returns peak memory (GB) and seconds of one command, run by a small process that waits for it alone."""
     program = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL,"
+        " stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     began = time.monotonic()
-    run = [sys.executable, "-c", program, sys.executable, "-m", module, str(source), str(target)]
+    run = [sys.executable, "-c", program, sys.executable, "-m", module, *arguments]
     done = subprocess.run(run, check=True, capture_output=True, text=True)
     return {"peak_gigabytes": int(done.stdout) * 1024 / 1e9, "seconds": time.monotonic() - began}
 

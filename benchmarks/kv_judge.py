@@ -1,11 +1,11 @@
-"""What a quantized cache costs one model: questions about images and windows of text, each in one prefill.
+"""What a quantized cache or other weights cost one model: questions about images and windows of text, in one prefill.
 
 Both go teacher-forced through the search's cache, whose widths are data: a program a format, whatever the widths.
 Queries see what is rounded, those of the prefill too.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,9 +52,19 @@ class Judge:
 
     def __call__(self, form: CacheFormat | None, widths: Widths | None) -> dict[str, Any]:
         """Returns what a cache is worth; None is the dense one."""
+        if form is None or widths is None:
+            return self._figures(None)
+        return self._figures(lambda one: self._predict(form, widths, one))
+
+    def weights(self, params: Params) -> dict[str, Any]:
+        """Returns what other weights are worth, without any cache."""
+        return self._figures(lambda one: _predict_plainly(self._model.config, params, one))
+
+    def _figures(self, predict: Callable[[Batch], LogProbs] | None) -> dict[str, Any]:
+        """Returns the figures of these predictions; None predicts as the dense model does."""
         sums = {
             name: [
-                _compare(one, known, known if form is None or widths is None else self._predict(form, widths, one))
+                _compare(one, known, known if predict is None else predict(one))
                 for one, known in zip(of, self._reference[name], strict=True)
             ]
             for name, of in self._batches.items()
@@ -81,7 +91,7 @@ def sizes(model: Checkpoint, form: CacheFormat, widths: Widths, tokens: int) -> 
     visual += (widths.values if widths.visual_values is None else widths.visual_values,)
     columns = zip(widths.keys.tolist(), widths.values.tolist(), *(bits.tolist() for bits in visual), strict=True)
     layers = (LayerPlan(k, v, visual_key_bits=vk, visual_value_bits=vv) for k, v, vk, vv in columns)
-    plan, images = Plan(tuple(layers), cache=form), model.config.vision.image_tokens
+    plan, images = Plan(tuple(layers), cache=form), model.config.image_tokens
     cache = jax.eval_shape(lambda: empty_cache(text, plan, 1, tokens, images=images))
     values = 2 * text.layers * text.kv_heads * text.head_dim * tokens
     parts = [store.sizes for layer in cache.layers for store in layer]
@@ -117,6 +127,16 @@ def _predict(config: LlavaConfig, form: CacheFormat, params: Params, bits: Any, 
     keys, values, *visual = bits
     cache = empty_search_cache(config.text, form, keys, values, size, length, *visual)
     return likelihood.log_probs(config, params, cache, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict_plainly(config: LlavaConfig, params: Params, batch: Batch) -> LogProbs:
+    """Returns the predictions of whole sequences, each token among those before it."""
+    size, length = batch.x.shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(length), (size, length))
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (size, length, length))
+    states = llava.forward(config, params, batch.x, positions, causal)
+    return likelihood.predictions(config, params, states, batch)
 
 
 _compare = jax.jit(likelihood.compare)

@@ -122,6 +122,7 @@ def score(
 
 def answers(model: LlavaForConditionalGeneration, layers: Layers, encoded: Encoded) -> Iterator[Predicted]:
     """Yields every sample's log-probabilities of its answer tokens, for `kv_peers.compare`. Images are read anew."""
+    assert encoded.pixels is not None, "the questions are about images"
     rows = zip(encoded.tokens, encoded.lengths, encoded.is_answer, encoded.pixels, strict=True)
     for tokens, length, wanted, pixels in rows:
         states = _states(model, layers, tokens[:length], pixels)

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from convert import DTYPES
-from convert.names import EMBEDDING, LM_HEAD, Shape, Slot, canonical, slots
+from convert.names import EMBEDDING, LM_HEAD, Shape, Slot, canonical, slots, spelled
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
 
 
 def assign(config: LlavaConfig, found: Mapping[str, tuple[Shape, str]]) -> dict[str, str]:
-    """Returns {llava-hf name: the source's name} of every weight; `found` is the source's {name: (shape, dtype)}.
+    """Returns {slot's name: the source's name} of every weight; `found` is the source's {name: (shape, dtype)}.
 
     With tied embeddings a second copy, as lm_head, may be there too.
 
@@ -22,13 +22,14 @@ def assign(config: LlavaConfig, found: Mapping[str, tuple[Shape, str]]) -> dict[
     wanted = {slot.name: slot.shape for slot in slots(config)}
     missing = set(wanted)
     if config.text.tied:
-        wanted[LM_HEAD] = wanted[EMBEDDING]
+        wanted[spelled(config, LM_HEAD)] = wanted[spelled(config, EMBEDDING)]
     chosen: dict[str, str] = {}
     problems: dict[str, list[str]] = {}
     for name, (shape, dtype) in found.items():
-        hub = canonical(name)
-        if hub is None:
+        known = canonical(name)
+        if known is None:
             continue
+        hub = spelled(config, known)
         if hub not in wanted:
             problems.setdefault("tensors without a place", []).append(name)
         elif hub in chosen:

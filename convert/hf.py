@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def convert(source: Path, target: Path, *, dtype: str | None = None, vision: Path | None = None) -> None:
-    """Writes the lmmjax checkpoint `target` from a Hugging Face or original LLaVA checkpoint directory.
+    """Writes the lmmjax checkpoint `target` from a Hugging Face (LLaVA, Llama, Mistral) or original LLaVA directory.
 
     One tensor after the other is read, and at most 64 MiB and a tensor wait to be written: converting 1.55 GB
     of bfloat16 peaked at 0.87 GB, 0.36 GB of which are the libraries. Without `dtype` every tensor keeps its
@@ -60,7 +60,8 @@ def locate(source: str, revision: str | None = None, argument: str = "SRC") -> P
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m convert.hf", description="Convert a Hugging Face or original LLaVA checkpoint to lmmjax."
+        prog="python -m convert.hf",
+        description="Convert a checkpoint to lmmjax: Hugging Face's LLaVA, Llama or Mistral, or an original LLaVA.",
     )
     parser.add_argument("source", metavar="SRC", help="a directory, or a model on the hub: llava-hf/llava-1.5-7b-hf")
     parser.add_argument("target", metavar="DST", type=Path, help="the lmmjax checkpoint, a directory to be made")
@@ -88,9 +89,11 @@ def _gather(source: Path, vision: Path | None, scratch: Path) -> "Material":
     raw = checkpoint.read_json(source / "config.json")
     if original.is_original(raw):
         return original.gather(source, raw, vision, scratch)
+    config = from_hf(raw)  # before the weights are looked for, so that another architecture is called that
+    if vision is not None and not config.sees:
+        raise InputError(f"--vision: {source} is a decoder alone; leave it out, or see python -m convert.assemble")
     if vision is not None:
         raise InputError(f"--vision: {source} is in Hugging Face's layout and holds its own tower; leave it out")
-    from_hf(raw)  # before the weights are looked for, so that another architecture is called that
     carried = checkpoint.carried_files(source)
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in carried}:
         raise InputError(f"{source} has neither tokenizer.json nor tokenizer.model; add the model's tokenizer")

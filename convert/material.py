@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from convert import writing
 from convert.fit import assign, checked
-from convert.names import EMBEDDING, LM_HEAD, slots
+from convert.names import EMBEDDING, LM_HEAD, slots, spelled
 from convert.source import Source
 from lmmjax import checkpoint
 from lmmjax.config import LlavaConfig, from_hf
@@ -61,11 +61,14 @@ def _matched(material: Material) -> tuple[LlavaConfig, dict[str, str]]:
     config = from_hf(json.loads(material.config))
     names = assign(config, material.weights.tensors)
     if config.text.tied:
-        _require_equal_copy(material.weights, names)
+        head, embedding = (names.get(spelled(config, name)) for name in (LM_HEAD, EMBEDDING))
+        _require_equal_copy(material.weights, head, embedding)
     return config, names
 
 
-def _require_equal_copy(weights: Source, names: Mapping[str, str]) -> None:
+def _require_equal_copy(weights: Source, head: str | None, embedding: str | None) -> None:
     """A tied head that was saved a second time must be the embedding, or the model is not what it says."""
-    if LM_HEAD in names and not np.array_equal(weights.read(names[LM_HEAD]), weights.read(names[EMBEDDING])):
-        raise InputError(f"{names[LM_HEAD]} differs from the embedding, but config.json says they are tied")
+    if head is None or embedding is None:
+        return
+    if not np.array_equal(weights.read(head), weights.read(embedding)):
+        raise InputError(f"{head} differs from the embedding, but config.json says they are tied")

@@ -1,7 +1,8 @@
 """One table of Hugging Face's tensor names and ours, used in both directions, and the other spellings of a name.
 
 The table's names are those of the llava-hf checkpoints. `canonical` brings every other layout to them: what
-transformers 5 saves, what it holds in memory, and the original LLaVA's. `#` stands for a layer's number.
+transformers 5 saves, what it holds in memory, the original LLaVA's, and that of a decoder alone, to which `spelled`
+leads back. `#` stands for a layer's number.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -22,10 +22,10 @@ Shape = tuple[int, ...]
 SAME, TRANSPOSED, PATCHES = "same", "transposed", "patches"
 """Layout rules: as it is; (out, in) <-> (in, out); (e, channel, row, column) <-> (channel * row * column, e)."""
 
-LM_HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
-_TOWER = "vision_tower.vision_model."
-_VISION_LAYER, _TEXT_LAYER = f"{_TOWER}encoder.layers.#.", "language_model.model.layers.#."
+_TOWER, _DECODER = "vision_tower.vision_model.", "language_model."
+_VISION_LAYER, _TEXT_LAYER = f"{_TOWER}encoder.layers.#.", f"{_DECODER}model.layers.#."
+LM_HEAD = f"{_DECODER}lm_head.weight"
+EMBEDDING = f"{_DECODER}model.embed_tokens.weight"
 
 
 def _biased(theirs: str, ours: str) -> dict[str, tuple[str, str]]:
@@ -62,10 +62,11 @@ TABLE: Mapping[str, tuple[str, str]] = {
     f"{_TEXT_LAYER}mlp.gate_proj.weight": ("text.layers_#.mlp.gate.kernel", TRANSPOSED),
     f"{_TEXT_LAYER}mlp.up_proj.weight": ("text.layers_#.mlp.up.kernel", TRANSPOSED),
     f"{_TEXT_LAYER}mlp.down_proj.weight": ("text.layers_#.mlp.down.kernel", TRANSPOSED),
-    "language_model.model.norm.weight": ("text.norm.scale", SAME),
+    f"{_DECODER}model.norm.weight": ("text.norm.scale", SAME),
     LM_HEAD: ("text.lm_head.kernel", TRANSPOSED),
 }
-# Spellings of other layouts, the first that fits: in memory (transformers 5), original LLaVA, saved by transformers 5.
+# Spellings of other layouts, the first that fits: in memory (transformers 5), original LLaVA, saved by transformers 5,
+# a decoder alone.
 _SPELLINGS = (
     (r"model\.language_model\.", "language_model.model."),
     (r"lm_head\.", "language_model.lm_head."),
@@ -110,6 +111,11 @@ def canonical(name: str) -> str | None:
     return name
 
 
+def spelled(config: LlavaConfig, name: str) -> str:
+    """Returns a llava-hf name as checkpoints of this config spell it: a decoder alone is no part of anything."""
+    return name if config.sees else name.removeprefix(_DECODER)
+
+
 def slots(config: LlavaConfig) -> list[Slot]:
     """Returns every weight that a checkpoint of this shape has, in the order in which the model reads them.
 
@@ -121,20 +127,15 @@ def slots(config: LlavaConfig) -> list[Slot]:
     for leaf, shape in expected(config).items():
         name, rule = theirs[_pattern(leaf)]
         number = re.search(r"layers_(\d+)", leaf)
-        name = name.replace("#", number[1] if number else "#")
+        name = spelled(config, name.replace("#", number[1] if number else "#"))
         found.append(Slot(name, leaf, _their_shape(config, shape, rule), rule))
     return sorted(found, key=_reading_order)
 
 
 def expected(config: LlavaConfig) -> dict[str, Shape]:
     """Returns {dotted name: shape} of all our leaves, unread ones included."""
-    vision = config.vision
-    features = (vision.layers,) * len(vision.feature_layers)  # so that every layer is read
-    whole = dataclasses.replace(config, vision=dataclasses.replace(vision, feature_layers=features))
-    tree = jax.eval_shape(lambda: llava.init(whole, jax.random.key(0)))
-    leaves: dict[str, Any] = dict(flatten_dict(tree, sep="."))
-    norm = {f"vision.post_norm.{part}": (vision.width,) for part in ("scale", "bias")}
-    return {**{leaf: value.shape for leaf, value in leaves.items()}, **norm}
+    leaves: dict[str, Any] = dict(flatten_dict(llava.shapes(config), sep="."))
+    return {leaf: value.shape for leaf, value in leaves.items()}
 
 
 def _pattern(leaf: str) -> str:
@@ -143,8 +144,8 @@ def _pattern(leaf: str) -> str:
 
 def _their_shape(config: LlavaConfig, shape: Shape, rule: str) -> Shape:
     if rule == PATCHES:
-        size = config.vision.patch_size
-        return shape[-1], config.vision.channels, size, size
+        size = config.tower.patch_size
+        return shape[-1], config.tower.channels, size, size
     return shape[::-1] if rule == TRANSPOSED else shape
 
 

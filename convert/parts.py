@@ -100,7 +100,7 @@ def _write_processor(settings: Mapping[str, Any], tower: Tower, scratch: Path, c
     if chat_template is not None:
         (scratch / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     (scratch / PREPROCESSOR).write_text(json.dumps(tower.preprocessor, indent=2))
-    vision = from_hf(settings).vision
+    vision = from_hf(settings).tower
     expansion = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,

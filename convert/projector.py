@@ -48,7 +48,7 @@ def random_projector(tower: Tower, decoder: Decoder, seed: int) -> Source:
     whole = from_hf(config(tower.settings, decoder, image_token=0))
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
-    for part, inputs in (("linear_1", whole.vision.width), ("linear_2", whole.text.width)):
+    for part, inputs in (("linear_1", whole.tower.width), ("linear_2", whole.text.width)):
         weight = rng.standard_normal((whole.text.width, inputs), np.float32) * np.float32(inputs**-0.5)
         arrays |= {f"{_NAME}{part}.weight": weight, f"{_NAME}{part}.bias": np.zeros(whole.text.width, np.float32)}
     return Arrays(arrays)

@@ -26,7 +26,7 @@ Read = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
 
 
 def write_hf(params: Params, config: Mapping[str, Any], target: Path, carried: Iterable[Path] = ()) -> None:
-    """Writes parameters and the dict of their config.json as an ordinary Hugging Face LLaVA checkpoint.
+    """Writes parameters and the dict of their config.json as an ordinary Hugging Face checkpoint.
 
     `carried` are the tokenizer's and preprocessor's files, copied under their own names. What transformers'
     model has and the forward pass never reads (the tower's post-norm and the layers behind the last feature)
@@ -55,7 +55,7 @@ def write(
     config = from_hf(raw)
     places = slots(config)
     _require_fit(config, places, leaves)
-    vocabulary = max(config.text.vocab, config.image_token + 1)
+    vocabulary = max(config.text.vocab, 0 if config.image_token is None else config.image_token + 1)
     entries = [_entry(slot, leaves, vocabulary) for slot in places]
     with files.atomic_directory(target) as temporary:
         tensors = (_grown(slot, tensor, vocabulary) for slot, tensor in _tensors(places, leaves, read))
@@ -97,8 +97,10 @@ def _require_fit(config: LlavaConfig, places: Sequence[Slot], leaves: Leaves) ->
 def _is_unread(config: LlavaConfig, leaf: str) -> bool:
     """Returns whether only transformers' model has this weight, and no forward pass needs it."""
     part, name = leaf.split(".")[:2]
-    behind = name.startswith("layers_") and int(name.removeprefix("layers_")) >= max(config.vision.feature_layers)
-    return part == "vision" and (name == "post_norm" or behind)
+    if part != "vision":
+        return False
+    behind = name.startswith("layers_") and int(name.removeprefix("layers_")) >= max(config.tower.feature_layers)
+    return name == "post_norm" or behind
 
 
 def _stand_in(slot: Slot, leaves: Leaves) -> np.ndarray:

@@ -52,10 +52,17 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def writer(path: Path, config: bytes, carried: Iterable[Path], plan: Plan | None = None) -> Iterator[weights.Writer]:
+def writer(
+    path: Path,
+    config: bytes,
+    carried: Iterable[Path],
+    plan: Plan | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> Iterator[weights.Writer]:
     """Yields the Writer of a new checkpoint, which appears as `path` when the block ends well.
 
-    `config` is the text of config.json, `carried` the files to be copied verbatim.
+    `config` is the text of config.json, `carried` the files to be copied verbatim, `beside` other files by name; it is
+    read at the end.
 
     Raises:
         InputError: `path` exists or cannot be written.
@@ -69,6 +76,8 @@ def writer(path: Path, config: bytes, carried: Iterable[Path], plan: Plan | None
             shutil.copyfile(file, temporary / file.name)
         about = {**_about(leaves.dtypes, plan), "weights": _sizes(temporary)}
         (temporary / "lmmjax.json").write_text(json.dumps(about, indent=1))
+        for name, content in (beside or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
@@ -81,7 +90,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     config, plan = _described(path)
-    params = weights.read_tree(path / "params", dtype or _own_dtype(), jax.devices()[0])
+    params = weights.read_tree(path / "params", dtype or own_dtype(), jax.devices()[0])
     return Checkpoint(path, config, params, plan)
 
 
@@ -89,7 +98,7 @@ def outline(path: str | Path, dtype: str | None = None) -> Checkpoint:
     """Returns what `load` would, with shapes and dtypes in the place of the weights, of which none is read."""
     path = Path(path)
     config, plan = _described(path)
-    cast = dtype or _own_dtype()
+    cast = dtype or own_dtype()
     leaves = weights.leaves(path / "params").items()
     params = {name: jax.ShapeDtypeStruct(leaf.shape, cast or leaf.dtype) for name, leaf in leaves}
     return Checkpoint(path, config, unflatten_dict(params, sep="."), plan)
@@ -131,6 +140,15 @@ def describe(path: Path) -> Mapping[str, Any]:
     return about
 
 
+def stored_plan(path: Path) -> Plan | None:
+    """Returns the plan of a compressed checkpoint, None of a dense one; no weight is read.
+
+    Raises:
+        InputError: as `load`.
+    """
+    return _described(path)[1]
+
+
 def resolve(model: str | None) -> Path:
     """Returns the checkpoint directory that `--model` names; None means the embedded model.
 
@@ -152,6 +170,18 @@ def resolve(model: str | None) -> Path:
             f"then give --model {target}"
         )
     return path
+
+
+def run_convert(command: str, *arguments: Path) -> str | None:
+    """Runs `python -m convert.COMMAND` in a process of its own; returns its last word if it failed.
+
+    A process, because lmmjax does not import convert: the arrow points the other way.
+    """
+    root = Path(lmmjax.__file__).parents[1]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    line = [sys.executable, "-m", f"convert.{command}", *map(str, arguments)]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else None
 
 
 def cache_dir() -> Path:
@@ -186,12 +216,7 @@ def _converted_once(source: Path) -> Path:
         return target
     shutil.rmtree(target, ignore_errors=True)  # a damaged one: the user never made it and cannot mend it
     print(f"converting the embedded model into {target} (once)", file=sys.stderr)
-    root = Path(lmmjax.__file__).parents[1]
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    # A subprocess, because lmmjax does not import convert: the arrow points the other way.
-    command = [sys.executable, "-m", "convert.hf", str(source), str(target)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    reason = run_convert("hf", source, target)
     if not target.exists():  # it may also exist because another process was faster
         raise InputError(f"--model: the embedded model was not converted ({reason})")
     return target
@@ -214,7 +239,7 @@ def _described(path: Path) -> tuple[LlavaConfig, Plan | None]:
     return config, None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
 
 
-def _own_dtype() -> str | None:
+def own_dtype() -> str | None:
     """Returns the dtype that weights are cast to where none is asked for; None leaves them as stored."""
     return "float32" if jax.default_backend() == "cpu" else None
 

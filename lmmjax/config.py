@@ -5,11 +5,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lmmjax import hf_config
 from lmmjax.errors import InputError
+from lmmjax.hf_config import DECODERS, broken, is_int
 from lmmjax.layers import ACTIVATIONS
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven prunable linears of a decoder layer, in the order of every per-linear table."""
+
+NO_TOKEN = -2
+"""An id that no token has, nor padding (-1 in `llava.embed`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,78 +80,72 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """A vision tower, a two-layer projector and a decoder; `image_token` marks an image's positions."""
+    """A vision tower, a two-layer projector and a decoder; `image_token` marks an image's positions.
 
-    vision: VisionConfig
+    Without a tower, `vision` and `image_token` being None, it is a decoder alone, which reads text.
+    """
+
+    vision: VisionConfig | None
     text: TextConfig
-    image_token: int
+    image_token: int | None
     projector_activation: str = "gelu"
     projector_bias: bool = True
 
+    @property
+    def sees(self) -> bool:
+        """Whether there is a vision tower."""
+        return self.vision is not None
 
-# Attributes that say nothing about the forward pass (names, training, generation defaults, output switches).
-_INERT = frozenset(
-    "transformers_version architectures output_hidden_states output_attentions return_dict dtype torch_dtype "
-    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type _name_or_path initializer_range "
-    "initializer_factor use_cache pad_token_id bos_token_id eos_token_id attention_dropout pretraining_tp "
-    "projection_dim model_type ignore_index _attn_implementation_autoset use_bfloat16 torchscript".split()
-)
-# What transformers 4 wrote into every part and 5 no longer knows; harmless at these values.
-_LEGACY = {
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "is_decoder": False,
-    "tie_encoder_decoder": False,
-    "tf_legacy_loss": False,
-    "prune_heads": {},
-    "pruned_heads": {},
-    "finetuning_task": None,
-    "task_specific_params": None,
-    "tokenizer_class": None,
-    "prefix": None,
-    "sep_token_id": None,
-    "dropout": 0.0,
-}
-_VISION = frozenset(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size num_channels "
-    "hidden_act layer_norm_eps vocab_size".split()
-)
-_TEXT = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings rope_parameters rms_norm_eps tie_word_embeddings sliding_window".split()
-)
-_LLAVA = frozenset(
-    "vision_config text_config image_token_index image_token_id image_seq_length vision_feature_layer "
-    "vision_feature_select_strategy projector_hidden_act multimodal_projector_bias tie_word_embeddings "
-    "vocab_size".split()
-)
-_COUNTS = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads image_size "
-    "patch_size num_channels max_position_embeddings".split()
-)
+    @property
+    def tower(self) -> VisionConfig:
+        """The vision tower; raises InputError for a decoder alone."""
+        if self.vision is None:
+            raise InputError("model: a decoder alone, which has no vision tower; expected a LLaVA")
+        return self.vision
+
+    @property
+    def image_tokens(self) -> int:
+        """How many positions one image takes in the prompt; 0 without a tower."""
+        return 0 if self.vision is None else self.vision.image_tokens
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the pixels of one image; all 0 without a tower."""
+        if self.vision is None:
+            return 0, 0, 0
+        return self.vision.channels, self.vision.image_size, self.vision.image_size
+
+    def is_image(self, tokens: Any) -> Any:
+        """Returns which of an array's token ids stand for images: without a tower none."""
+        return tokens == (NO_TOKEN if self.image_token is None else self.image_token)
 
 
 def from_hf(raw: Mapping[str, Any]) -> LlavaConfig:
-    """Returns the config that a Hugging Face `config.json` (as a dict) describes.
+    """Returns the config that a Hugging Face `config.json` (as a dict) describes: a LLaVA, or a decoder alone.
 
     Both spellings of transformers 4 and 5 are read; attributes left out have the library's defaults.
 
     Raises:
         InputError: an attribute is neither handled nor at its default, or a value is out of range; names all.
     """
-    if raw.get("model_type") != "llava":
-        raise InputError(f"config.json: model_type is {raw.get('model_type')!r}; expected 'llava' (LLaVA 1.5)")
+    kind = raw.get("model_type")
+    if kind not in ("llava", *DECODERS):
+        raise InputError(
+            f"config.json: model_type is {kind!r}; expected 'llava' (LLaVA 1.5), or {_either(DECODERS)} for text alone"
+        )
+    return _llava(raw) if kind == "llava" else _decoder_alone(raw)
+
+
+def _llava(raw: Mapping[str, Any]) -> LlavaConfig:
     _require_types(raw)
-    full, default = _filled(raw), _filled({})
+    full, default = hf_config.filled(raw), hf_config.filled({"model_type": "llava"})
     vision, text = full["vision_config"], full["text_config"]
-    problems = [
-        *_unhandled("", full, default, _LLAVA),
-        *_unhandled("vision_config.", vision, default["vision_config"], _VISION),
-        *_unhandled("text_config.", text, default["text_config"], _TEXT),
+    _refuse(
+        *hf_config.unhandled("", full, default, hf_config.LLAVA),
+        *hf_config.unhandled("vision_config.", vision, default["vision_config"], hf_config.VISION),
+        *hf_config.unhandled("text_config.", text, default["text_config"], hf_config.TEXT),
         *_out_of_range(full, vision, text),
-    ]
-    if problems:
-        raise InputError(f"config.json: {'; '.join(problems)}. This architecture is not supported as it stands")
+    )
     tower = _vision(full, vision)
     # transformers never reads this one, and writes its default into every config that says nothing.
     if full["image_seq_length"] not in (tower.image_tokens, default["image_seq_length"]):
@@ -156,73 +155,53 @@ def from_hf(raw: Mapping[str, Any]) -> LlavaConfig:
         )
     return LlavaConfig(
         vision=tower,
-        text=_text(full, text),
+        text=_text(text, tied=bool(full["tie_word_embeddings"] or text["tie_word_embeddings"])),
         image_token=_image_token(full),
         projector_activation=full["projector_hidden_act"],
         projector_bias=full["multimodal_projector_bias"],
     )
 
 
+def _decoder_alone(raw: Mapping[str, Any]) -> LlavaConfig:
+    text, default = hf_config.filled(raw), hf_config.filled({"model_type": raw["model_type"]})
+    problems = hf_config.small_counts("", text) or hf_config.decoder_problems("", text)
+    _refuse(*hf_config.unhandled("", text, default, hf_config.TEXT), *problems)
+    return LlavaConfig(vision=None, text=_text(text, tied=bool(text["tie_word_embeddings"])), image_token=None)
+
+
+def _refuse(*problems: str) -> None:
+    if problems:
+        raise InputError(f"config.json: {'; '.join(problems)}. This architecture is not supported as it stands")
+
+
 def _require_types(raw: Mapping[str, Any]) -> None:
-    """Refuses other architectures. Mistral is a Llama up to its sliding window (see `_text`)."""
-    for part, known in (("vision_config", ("clip_vision_model",)), ("text_config", ("llama", "mistral"))):
+    """Refuses other architectures inside of a LLaVA."""
+    for part, known in (("vision_config", ("clip_vision_model",)), ("text_config", DECODERS)):
         settings = raw.get(part) or {}
         got = settings.get("model_type", known[0]) if isinstance(settings, Mapping) else settings
         if got not in known:
             raise InputError(f"config.json: {part}.model_type is {got!r}; expected {' or '.join(known)}")
 
 
-def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config with the library's defaults filled in, in the spelling of its current version."""
-    from transformers import LlavaConfig as HFLlava  # configuration classes only: no torch, no model code
-
-    try:
-        return HFLlava(**raw).to_dict()
-    except Exception as error:  # its validators raise many kinds, each over several lines
-        raise InputError(f"config.json: {' '.join(str(error).split())}") from error
-
-
-def _unhandled(prefix: str, got: Mapping, default: Mapping, handled: frozenset[str]) -> list[str]:
-    missing = object()
-    return [
-        f"{prefix}{name} = {value!r} is not handled"
-        for name, value in got.items()
-        if name not in handled and name not in _INERT and value != default.get(name, _LEGACY.get(name, missing))
-    ]
-
-
 def _out_of_range(full: Mapping, vision: Mapping, text: Mapping) -> list[str]:
-    parts = {"vision_config": vision, "text_config": text}
-    counts = {f"{part}.{name}": settings[name] for part, settings in parts.items() for name in _COUNTS & set(settings)}
-    if small := [f"{name} = {count}, expected at least 1" for name, count in counts.items() if not _is_int(count, 1)]:
+    small = hf_config.small_counts("vision_config.", vision) + hf_config.small_counts("text_config.", text)
+    if small:
         return small
-    rope = text["rope_parameters"]
-    theta = rope.get("rope_theta", 1.0)
     token, layers = _image_token(full), _feature_layers(full)
     strategy, act = full["vision_feature_select_strategy"], full["projector_hidden_act"]
-    checks = [
-        (rope.get("rope_type", "default") == "default", f"text_config.rope_parameters = {rope} is not handled"),
-        (set(rope) <= {"rope_type", "rope_theta"}, f"text_config.rope_parameters = {rope} is not handled"),
-        (_is_positive(theta), f"text_config.rope_theta = {theta!r}, expected a number above 0"),
-        (_is_int(_head_dim(text), 2), f"text_config.head_dim = {text['head_dim']!r}, expected at least 2"),
-        (_is_int(token, 0), f"image_token_index = {token!r}, expected a token's id"),
-        (layers and all(map(_is_int, layers)), f"vision_feature_layer = {layers!r}, expected layers' numbers"),
+    return hf_config.decoder_problems("text_config.", text) + broken(
+        (is_int(token, 0), f"image_token_index = {token!r}, expected a token's id"),
+        (layers and all(map(is_int, layers)), f"vision_feature_layer = {layers!r}, expected layers' numbers"),
         (strategy in ("default", "full"), f"vision_feature_select_strategy = {strategy!r}, expected default or full"),
         (act in ACTIVATIONS, f"projector_hidden_act = {act!r}, expected one of {', '.join(ACTIVATIONS)}"),
         (vision["hidden_act"] in ACTIVATIONS, f"vision_config.hidden_act = {vision['hidden_act']!r} is not handled"),
         (full.get("vocab_size") in (None, text["vocab_size"]), "vocab_size is not that of text_config"),
         (vision["image_size"] % vision["patch_size"] == 0, "vision_config.image_size is no multiple of patch_size"),
-        (text["num_attention_heads"] % text["num_key_value_heads"] == 0, "query heads are no multiple of kv heads"),
-    ]
-    return list(dict.fromkeys(message for good, message in checks if not good))
+    )
 
 
-def _is_int(value: object, least: float = -math.inf) -> bool:
-    return type(value) is int and value >= least
-
-
-def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf  # pyright: ignore[reportOperatorIssue]
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def _vision(full: Mapping, vision: Mapping) -> VisionConfig:
@@ -246,7 +225,7 @@ def _vision(full: Mapping, vision: Mapping) -> VisionConfig:
     )
 
 
-def _text(full: Mapping, text: Mapping) -> TextConfig:
+def _text(text: Mapping, tied: bool) -> TextConfig:
     # Attention through a sliding window is plain attention as long as everything is inside the window.
     window = text.get("sliding_window") or text["max_position_embeddings"]
     return TextConfig(
@@ -256,21 +235,17 @@ def _text(full: Mapping, text: Mapping) -> TextConfig:
         layers=text["num_hidden_layers"],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
-        head_dim=_head_dim(text),
+        head_dim=hf_config.head_dim(text),
         context=min(text["max_position_embeddings"], window),
         rope_theta=float(text["rope_parameters"].get("rope_theta", 10000.0)),
         eps=text["rms_norm_eps"],
-        tied=bool(full["tie_word_embeddings"] or text["tie_word_embeddings"]),
+        tied=tied,
     )
 
 
 def _feature_layers(full: Mapping) -> list[Any]:
     wanted = full["vision_feature_layer"]
     return list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-
-
-def _head_dim(text: Mapping) -> int:
-    return text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
 
 
 def _image_token(full: Mapping) -> int:

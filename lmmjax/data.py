@@ -32,13 +32,20 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Samples as right-padded arrays. `is_answer` marks the tokens to be predicted: the answer and its end."""
+    """Samples as right-padded arrays. `is_answer` marks the tokens to be predicted: the answer and its end.
+
+    `pixels` are one image's a sample, or None for text alone.
+    """
 
     tokens: Int[np.ndarray, "b t"]
     lengths: Int[np.ndarray, "b"]
     is_answer: Bool[np.ndarray, "b t"]
-    pixels: Float[np.ndarray, "b c y x"]
+    pixels: Float[np.ndarray, "b c y x"] | None
     kinds: tuple[str, ...]
+
+    def pixels_of(self, rows: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n c y x"] | None:
+        """Returns the images of some samples."""
+        return None if self.pixels is None else self.pixels[rows]
 
 
 def load(spec: str, split: str) -> list[Sample]:

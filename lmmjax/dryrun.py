@@ -81,7 +81,7 @@ def page(report: MemoryReport, memory: int | None = None, stored: Sequence[str] 
     `stored` are the dtypes of the weights on disk, of which a device may hold others.
     """
     parts = {name: [name, size(nbytes)] for name, nbytes in report.parts.items()}
-    first = [parts.pop(name) for name in ("vision", "projector", "text.embedding")]
+    first = [parts.pop(name) for name in ("vision", "projector", "text.embedding") if name in parts]
     layers = [_layers(number, run, report.images > 0) for number, run in _folded(report.layers)]
     widths = "K, V (text/image)" if report.images else "K, V bits"
     header = ["", "weights", widths, "codes", "scales", "exact", "KV"]
@@ -119,7 +119,7 @@ def _row(asked: Wish, config: LlavaConfig, plan: Plan | None) -> _Row:
 
     Where nothing is said about images, a row that has room for one holds one.
     """
-    limit, image = config.text.context, config.vision.image_tokens
+    limit, image = config.text.context, config.image_tokens
     if asked.prompt is not None:
         length, images = len(asked.prompt), asked.prompt.count(config.image_token)
         room = engine.room(config, plan, bucket(length), [images], asked.max_tokens)

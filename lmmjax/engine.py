@@ -264,7 +264,7 @@ def _write(state: State, logits: Float[Array, "b v"]) -> State:
 
 def _images(config: LlavaConfig, tokens: np.ndarray, lengths: np.ndarray) -> Int[np.ndarray, "b"]:
     """Returns how many image tokens each prompt has."""
-    return ((tokens == config.image_token) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum(1)
+    return (config.is_image(tokens) & (np.arange(tokens.shape[1]) < lengths[:, None])).sum(1)
 
 
 def _check_prompts(

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     own = _questions(args)
     truths = SCORERS[args.scorer].truths(own, args.annotations) if args.scorer else []
     stored = checkpoint.load(checkpoint.resolve(args.model))
+    _require_sight(args, own, stored)
     contenders = _contenders(args, stored)
     processor = Processor.load(stored.path, stored.config)
     asked, digest = _asked(args, own, processor)
@@ -142,6 +143,18 @@ def _questions(args: argparse.Namespace) -> list[Question]:
     if args.task == [EASY_VQA]:
         return questions.easy_vqa()[: args.limit]
     return questions.read([Path(name) for name in args.task], args.image_folder)[: args.limit]
+
+
+def _require_sight(args: argparse.Namespace, own: Sequence[Question], stored: "Checkpoint") -> None:
+    """Raises InputError where questions show images to a model that has no vision tower."""
+    if stored.config.sees or args.images == "none":
+        return
+    shown = sum(question.image is not None for question in own)
+    if shown:
+        raise InputError(
+            f"--task: {stored.path} has no vision tower and reads text alone, but {shown} of {len(own)} questions show"
+            " an image; give a LLaVA, ask blindly by --images none, or evaluate --text"
+        )
 
 
 def _contenders(args: argparse.Namespace, stored: "Checkpoint") -> "list[Contender]":

@@ -24,20 +24,30 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     Raises:
         InputError: the file cannot be written there.
     """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`, whose file takes that name when the block ends well.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned_files(path)
-        with open(temporary, "xb") as file:
-            file.write(data)
+        yield temporary
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     _sync(path.parent)
 
 

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     answer.check_backend(args.backend)
     path = checkpoint.resolve(args.model)
     config = answer.read_config(path)
+    if args.image and not config.sees:
+        raise InputError(f"--image: {path} has no vision tower and reads text alone; leave it out, or give a LLaVA")
     plan = Plan.load(args.plan).check(config.text) if args.plan else None
     if args.dry_run and not dryrun.has_question(args):
         return dryrun.run(wish, path, plan, args.json)

@@ -109,7 +109,7 @@ def batches(
         at = np.argsort(~wanted[rows], axis=1, kind="stable")[:, :width]
         counted = np.take_along_axis(wanted[rows], at, 1) & real[:, None]
         yield Batch(
-            x=llava.embed_prompts(config, params, encoded.tokens[rows], encoded.lengths[rows], encoded.pixels[rows]),
+            x=llava.embed_prompts(config, params, encoded.tokens[rows], encoded.lengths[rows], encoded.pixels_of(rows)),
             visual=llava.image_tokens(config, jnp.asarray(encoded.tokens[rows]), jnp.asarray(encoded.lengths[rows])),
             lengths=jnp.asarray(encoded.lengths[rows]),
             at=jnp.asarray(at),
@@ -155,4 +155,4 @@ def _text(config: LlavaConfig, encoded: Encoded) -> Bool[np.ndarray, "b t"]:
     """Returns which tokens are text that something precedes."""
     position = np.arange(encoded.tokens.shape[1])
     inside = (position > 0) & (position < encoded.lengths[:, None])
-    return inside & (encoded.tokens != config.image_token)
+    return inside & ~config.is_image(encoded.tokens)

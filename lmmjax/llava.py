@@ -1,5 +1,6 @@
 """LLaVA: images become tokens of the language model. One Flax module, used through pure functions over params."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,10 @@ from lmmjax.text import Decoder
 from lmmjax.vision import VisionTower
 
 Params = dict[str, Any]
-"""Nested dicts of arrays: {"vision": ..., "projector": ..., "text": {"layers_0": ...}}; kernels are (in, out)."""
+"""Nested dicts of arrays: {"vision": ..., "projector": ..., "text": {"layers_0": ...}}; kernels are (in, out).
+
+Of a decoder alone there is only "text".
+"""
 
 
 class Projector(nn.Module):
@@ -38,8 +42,9 @@ class Llava(nn.Module):
     config: LlavaConfig
 
     def setup(self):
-        self.vision = VisionTower(self.config.vision)
-        self.projector = Projector(self.config)
+        if self.config.vision is not None:
+            self.vision = VisionTower(self.config.vision)
+            self.projector = Projector(self.config)
         self.text = Decoder(self.config.text)
 
     def see(self, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p f"]:
@@ -60,7 +65,9 @@ class Llava(nn.Module):
     def __call__(self, tokens: Int[Array, "b t"], pixels: Float[Array, "n c y x"]) -> Float[Array, "b t v"]:
         """Every part once, so that `init` makes every parameter."""
         b, t = tokens.shape
-        x = merge(self.config, tokens, self.embed(tokens), self.project(self.see(pixels)))
+        x = self.embed(tokens)
+        if self.config.sees:
+            x = merge(self.config, tokens, x, self.project(self.see(pixels)))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         states, _ = self.decode(x, positions, [PlainAttention(mask)] * self.config.text.layers)
@@ -69,10 +76,24 @@ class Llava(nn.Module):
 
 def init(config: LlavaConfig, key: Array) -> Params:
     """Returns random parameters in float32."""
-    vision = config.vision
-    pixels = jnp.zeros((1, vision.channels, vision.image_size, vision.image_size))
-    tokens = jnp.full((1, vision.image_tokens), config.image_token)
+    pixels = jnp.zeros((1, *config.image_shape))
+    tokens = jnp.full((1, max(1, config.image_tokens)), config.image_token or 0)
     return jax.jit(Llava(config).init)(key, tokens, pixels)["params"]
+
+
+def shapes(config: LlavaConfig, dtype: str = "float32") -> Params:
+    """Returns shapes in the place of all weights that a checkpoint of this config holds.
+
+    They include what no forward pass needs: the tower's layers behind the last feature, and its post-norm.
+    """
+    vision, norm = config.vision, {}
+    if vision is not None:
+        last = (vision.layers,) * len(vision.feature_layers)  # so that every layer is run
+        config = dataclasses.replace(config, vision=dataclasses.replace(vision, feature_layers=last))
+        norm = {"post_norm": dict.fromkeys(("scale", "bias"), jax.ShapeDtypeStruct((vision.width,), dtype))}
+    tree: Any = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    tree = {name: {**part, **norm} if name == "vision" else part for name, part in tree.items()}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
 def encode_images(config: LlavaConfig, params: Params, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:
@@ -112,7 +133,7 @@ def image_tokens(
 ) -> Bool[Array, "b t"]:
     """Returns which tokens of right-padded prompts stand for images."""
     real = True if lengths is None else jnp.arange(tokens.shape[1]) < lengths[:, None]
-    return (tokens == config.image_token) & real
+    return config.is_image(tokens) & real
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,10 +142,11 @@ def embed_prompts(
     params: Params,
     tokens: Int[Array, "b t"],
     lengths: Int[Array, "b"],
-    pixels: Float[Array, "n c y x"],
+    pixels: Float[Array, "n c y x"] | None,
 ) -> Float[Array, "b t e"]:
-    """Returns `embed` of right-padded prompts straight from their images' pixels, as one program."""
-    return embed(config, params, tokens, encode_images(config, params, pixels), lengths)
+    """Returns `embed` of right-padded prompts straight from their images' pixels (None: no images), as one program."""
+    images = None if pixels is None else encode_images(config, params, pixels)
+    return embed(config, params, tokens, images, lengths)
 
 
 def extend(
@@ -178,7 +200,7 @@ def merge(
     config: LlavaConfig, tokens: Int[Array, "b t"], x: Float[Array, "b t e"], images: Float[Array, "n p e"]
 ) -> Float[Array, "b t e"]:
     """Returns x with the k-th image token of the batch, in reading order, replaced by the k-th image feature."""
-    is_image = tokens == config.image_token
+    is_image = config.is_image(tokens)
     order = jnp.cumsum(is_image.reshape(-1)).reshape(tokens.shape) - 1
     features = jnp.take(images.reshape(-1, images.shape[-1]), order, axis=0, mode="clip")
     return jnp.where(is_image[..., None], features.astype(x.dtype), x)

@@ -11,9 +11,9 @@ from kernels.stores import Store
 from lmmjax.cache import cache_bytes
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
-from lmmjax.llava import Params
+from lmmjax.llava import Params, shapes
 from lmmjax.plan import LayerPlan, Plan, uniform
-from lmmjax.planned import planned_cache, planned_params
+from lmmjax.planned import planned_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def memory_report(
         raise InputError(
             f"memory: got batch {batch}, context {context}, images {images}; expected at least 1, 1, and 0 to context"
         )
-    text, params = config.text, planned_params(config, dtype) if params is None else params
+    text, params = config.text, shapes(config, dtype) if params is None else params
     images = images if plan and plan.splits_images else 0
     cache = planned_cache(config, params, plan and plan.check(text), batch, capacity or context, images)
     layers = tuple(

@@ -26,7 +26,7 @@ CHOICES = {
 """What each field of a CacheFormat may say."""
 MOST = 1 << 16
 """No format speaks of more tokens or channels than this."""
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +149,17 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One compression of a model: a LayerPlan a layer, the pruning score and the cache format."""
+    """One compression of a model: a LayerPlan a layer, the pruning score and the cache format.
+
+    `made_by` is the command that pruned where the score and the calibration do not say all: in sequence, with weights
+    updated, in a pattern. Such a plan says what a checkpoint is, and is not replayed.
+    """
 
     layers: tuple[LayerPlan, ...]
     score: str = "lognorm"
     calibration: Calibration = Calibration()
     cache: CacheFormat = CacheFormat()
+    made_by: str | None = None
     version: int = VERSION
 
     @property
@@ -222,8 +227,8 @@ class Plan:
             raw = _mapping(json.loads(text), "plan")
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"plan: not JSON ({error})") from error
-        if type(raw.get("version")) is not int or raw["version"] not in (1, VERSION):
-            raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads 1 and {VERSION}")
+        if type(raw.get("version")) is not int or not 1 <= raw["version"] <= VERSION:
+            raise InputError(f"plan: got version {raw.get('version')!r}, this lmmjax reads 1 to {VERSION}")
         if not isinstance(raw.get("layers"), list):
             raise InputError("plan.layers: expected a list, one entry a decoder layer")
         built: dict[str, Any] = {
@@ -231,7 +236,7 @@ class Plan:
         }
         for name, kind in (("calibration", Calibration), ("cache", CacheFormat)):
             built |= {name: _build(kind, raw[name], name)} if name in raw else {}
-        # Version 1 had fewer fields; what it leaves out has the defaults, which mean what it meant.
+        # Earlier versions had fewer fields; what they leave out has the defaults, which mean what they meant.
         return _build(cls, {**raw, **built, "version": VERSION}, "plan")
 
     @classmethod
@@ -249,7 +254,13 @@ def uniform(text: TextConfig, *, drop: Mapping[str, int] | None = None, bits: in
     return Plan((layer,) * text.layers, **settings)
 
 
-_CHECKED: dict[Any, tuple[type, ...]] = {int: (int,), bool: (bool,), str: (str,), int | None: (int, type(None))}
+_CHECKED: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    bool: (bool,),
+    str: (str,),
+    int | None: (int, type(None)),
+    str | None: (str, type(None)),
+}
 
 
 def _build(kind: type, raw: Any, where: str) -> Any:

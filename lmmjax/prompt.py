@@ -22,14 +22,15 @@ Picture = str | Path | Image.Image
 class Processor:
     """A checkpoint's tokenizer, chat template and image preprocessing.
 
-    Its ids and pixels are those of transformers' `LlavaProcessor`, without torch or torchvision.
+    Its ids and pixels are those of transformers' `LlavaProcessor`, without torch or torchvision. To a decoder alone,
+    whose `image_token` is None, no text stands for an image.
     """
 
     config: LlavaConfig
     directory: Path
     tokenizer: Any
     template: str | None
-    image_token: str
+    image_token: str | None
     eos: tuple[int, ...]
 
     @classmethod
@@ -42,8 +43,7 @@ class Processor:
         directory = Path(directory)
         settings = _settings(directory / "processor_config.json")
         tokenizer = _tokenizer(directory)
-        image_token = getattr(tokenizer, "image_token", None) or settings.get("image_token", "<image>")
-        _check_image_token(tokenizer, image_token, config)
+        image_token = _image_token(tokenizer, settings, config) if config.sees else None
         template = _template(directory, settings, tokenizer)
         return cls(config, directory, tokenizer, template, image_token, _eos(directory, tokenizer))
 
@@ -54,10 +54,12 @@ class Processor:
         places them; without one, a line with a placeholder per image comes first.
 
         Raises:
-            InputError: the template refuses or drops the system text, or there is no template to hold it.
+            InputError: the template refuses or drops the system text, or there is no template to hold it; or there
+                are images, and no tower that sees them.
         """
-        placed = self.image_token in question
-        knows_images = self.template is not None and "image" in self.template
+        self._require_sight(images)
+        placed = self.image_token is not None and self.image_token in question
+        knows_images = self.config.sees and self.template is not None and "image" in self.template
         if not placed and not knows_images:
             question = f"{self.image_token}\n" * images + question
         if self.template is None:
@@ -82,19 +84,12 @@ class Processor:
 
         Raises:
             InputError: placeholders and images differ in number, the prompt is longer than the context, or it is
-                no Unicode text.
+                no Unicode text; or there are images, and no tower that sees them.
         """
         if not is_unicode(text):
             raise InputError(f"prompt: {text[:80]!r} holds half a character (a lone surrogate); expected UTF-8 text")
-        found = text.count(self.image_token)
-        if images and not found:
-            raise InputError(
-                f"prompt: no image token; got {images} image(s), so put {self.image_token} where they belong"
-            )
-        if found != images:
-            raise InputError(f"prompt: {found} {self.image_token} for {images} image(s); expected one for each")
-        expanded = text.replace(self.image_token, self.image_token * self.config.vision.image_tokens)
         bos = self.tokenizer.bos_token
+        expanded = self._expanded(text, images)
         ids = self.tokenizer.encode(expanded, add_special_tokens=not (bos and text.startswith(bos)))
         if not ids:
             raise InputError("prompt: got an empty text, expected at least one token")
@@ -111,17 +106,19 @@ class Processor:
         """Returns images as the vision tower takes them: resized, cropped and normalized by the checkpoint's rules.
 
         Raises:
-            InputError: an image cannot be read, or the preprocessor makes another size than the tower takes.
+            InputError: an image cannot be read, or the preprocessor makes another size than the tower takes; or there
+                are images, and no tower.
         """
-        size, channels = self.config.vision.image_size, self.config.vision.channels
+        self._require_sight(len(images))
+        shape = self.config.image_shape
         if not images:
-            return np.zeros((0, channels, size, size), np.float32)
+            return np.zeros((0, *shape), np.float32)
         opened = [open_image(image) for image in images]
         values = np.stack(self._image_processor(opened)["pixel_values"]).astype(np.float32)
-        if values.shape[1:] != (channels, size, size):
+        if values.shape[1:] != shape:
             raise InputError(
                 f"{self.directory}: the image preprocessor makes {values.shape[1:]}, the vision tower takes"
-                f" {(channels, size, size)}; its size and crop_size must fit config.json"
+                f" {shape}; its size and crop_size must fit config.json"
             )
         return values
 
@@ -129,6 +126,27 @@ class Processor:
     def _image_processor(self) -> Any:
         """Made when first needed: text alone needs none, and importing it takes seconds where torch is installed."""
         return _image_processor(self.directory)
+
+    def _require_sight(self, images: int) -> None:
+        if images and not self.config.sees:
+            raise InputError(
+                f"image: {self.directory} has no vision tower and reads text alone, but what it is asked shows an"
+                " image; leave images out, or give a LLaVA"
+            )
+
+    def _expanded(self, text: str, images: int) -> str:
+        """Returns the text with each placeholder as often as its image has tokens."""
+        self._require_sight(images)
+        if self.image_token is None:
+            return text
+        found = text.count(self.image_token)
+        if images and not found:
+            raise InputError(
+                f"prompt: no image token; got {images} image(s), so put {self.image_token} where they belong"
+            )
+        if found != images:
+            raise InputError(f"prompt: {found} {self.image_token} for {images} image(s); expected one for each")
+        return text.replace(self.image_token, self.image_token * self.config.image_tokens)
 
     def _fill(self, turns: list[dict[str, Any]]) -> str:
         from jinja2 import TemplateError
@@ -186,8 +204,9 @@ def _tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory}: cannot read the tokenizer ({error})") from error
 
 
-def _check_image_token(tokenizer: Any, image_token: str, config: LlavaConfig) -> None:
-    """Sees to it that the image token has the config's id; the original LLaVA's tokenizer has yet to learn it."""
+def _image_token(tokenizer: Any, settings: dict[str, Any], config: LlavaConfig) -> str:
+    """Returns the image token, which has the config's id; the original LLaVA's tokenizer has yet to learn it."""
+    image_token = getattr(tokenizer, "image_token", None) or settings.get("image_token", "<image>")
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([image_token], special_tokens=True)
     got = tokenizer.convert_tokens_to_ids(image_token)
@@ -195,6 +214,7 @@ def _check_image_token(tokenizer: Any, image_token: str, config: LlavaConfig) ->
         raise InputError(
             f"tokenizer: {image_token} has id {got}, config.json's image token is {config.image_token}; they must agree"
         )
+    return image_token
 
 
 def _template(directory: Path, settings: dict[str, Any], tokenizer: Any) -> str | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "tiny"
 """What the embedded model is called."""
+LENGTH = 512
+"""Tokens of a window of text, if the model's context has room for them: logits of all of them exist at once."""
 FILE = "sensitivity.json"
 
 
@@ -38,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures, writes the figures and their picture into OUT, and prints them."""
     # Imported here, for they take seconds, and `--help` and a mistyped flag need none of them.
-    from lmmjax import checkpoint, data, files, kv_picture, machine, runtime
-    from lmmjax.prompt import Processor
+    from lmmjax import checkpoint, files, kv_picture, machine, runtime
 
     runtime.prepare()
     _check(args)
@@ -48,10 +49,8 @@ def run(args: argparse.Namespace) -> int:
     stored = checkpoint.load(checkpoint.resolve(args.model))
     if stored.plan is not None:
         raise InputError(f"--model: {stored.path} is compressed already; give the dense checkpoint it was made from")
-    # As `prune.replay` draws them: a search's calibration set of that size and seed, none of its other two.
-    (samples,) = data.disjoint(data.load(args.data, "train"), [args.samples], args.seed)
+    encoded = _encoded(args, stored)
     with files.alone(out, out / ".lock", "--out"):
-        encoded = data.encode(Processor.load(stored.path, stored.config), samples)
         found = _measured(stored, encoded, form, args.batch)
         about = {"about": machine.facts("lmmjax.sensitivity", args.words), "settings": _settings(args, stored, form)}
         figures = {**about, **as_json(found)}
@@ -84,6 +83,37 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _encoded(args: argparse.Namespace, stored: "Checkpoint") -> "Encoded":
+    """Returns the samples: questions, whose answers are predicted, or windows of text, all tokens but the first.
+
+    Both are drawn as a calibration draws them; questions are those of a search of that size and seed.
+    """
+    from lmmjax.calibrate import samples
+    from lmmjax.prompt import Processor
+
+    if not args.text and not stored.config.sees:
+        raise InputError(
+            f"--data: {stored.path} has no vision tower and reads text alone, but the questions show images; give"
+            " --text FILE"
+        )
+    data = None if args.text else args.data or EASY_VQA
+    recipe = samples.Recipe(data, args.samples, tuple(args.text), args.samples, _length(args, stored), args.seed)
+    (encoded,) = samples.encode(Processor.load(stored.path, stored.config), recipe)
+    if not args.text:
+        return encoded
+    predicted = encoded.is_answer.copy()
+    predicted[:, 1:] = True
+    return dataclasses.replace(encoded, is_answer=predicted)
+
+
+def _length(args: argparse.Namespace, stored: "Checkpoint") -> int:
+    """Returns the tokens of a window of text."""
+    context = stored.config.text.context
+    if (args.length or 0) > context:
+        raise InputError(f"--length: got {args.length}, expected at most the model's context of {context}")
+    return args.length or min(LENGTH, context)
+
+
 def _measured(stored: "Checkpoint", encoded: "Encoded", form: "CacheFormat", size: int) -> "Sensitivity":
     """Returns the measures, with a bar on stderr."""
     from tqdm import tqdm
@@ -102,8 +132,9 @@ def _settings(args: argparse.Namespace, stored: "Checkpoint", form: "CacheFormat
     return {
         "model": _name(args),
         "weights": weights.digest(stored.params).hexdigest()[:16],
-        "data": args.data if args.data == EASY_VQA else str(Path(args.data).resolve()),
+        "data": _data(args),
         "samples": args.samples,
+        **({"length": _length(args, stored)} if args.text else {}),
         "seed": args.seed,
         "cache": dataclasses.asdict(form),
     }
@@ -113,8 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lmmjax.sensitivity", description=(__doc__ or "").split("\n", 2)[2])
     add = parser.add_argument
     add("--model", metavar="DIR", help="an lmmjax checkpoint; default: the embedded model")
-    add("--data", default=EASY_VQA, metavar="SPEC", help="easy-vqa, or a JSONL file of questions about images")
-    add("--samples", type=int, default=128, metavar="N", help="questions, drawn as a search draws its calibration set")
+    add("--data", metavar="SPEC", help="easy-vqa (the default), or a JSONL file of questions about images")
+    add("--text", nargs="+", type=Path, default=[], metavar="FILE", help="text files, in the place of questions")
+    add("--samples", type=int, default=128, metavar="N", help="questions, drawn as a search draws its calibration set,"
+        " or windows of the text (default: %(default)s)")  # fmt: skip
+    add("--length", type=int, metavar="N", help=f"tokens a window of text (default: {LENGTH}, or the model's context)")
     add("--batch", type=int, default=8, metavar="N", help="samples at once (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the questions that are drawn (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/sensitivity-<model>)")
@@ -123,9 +157,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, got, least in (("--samples", args.samples, 1), ("--batch", args.batch, 1), ("--seed", args.seed, 0)):
-        if got < least:
+    for flag, got, least in (
+        ("--samples", args.samples, 1),
+        ("--length", args.length, 2),
+        ("--batch", args.batch, 1),
+        ("--seed", args.seed, 0),
+    ):
+        if got is not None and got < least:
             raise InputError(f"{flag}: got {got}, expected at least {least}")
+    if args.text and args.data is not None:
+        raise InputError(f"--data: got {args.data} beside --text; expected one of the two")
+    if args.length is not None and not args.text:
+        raise InputError(f"--length: got {args.length} without --text, which alone uses it; give both")
+
+
+def _data(args: argparse.Namespace) -> str:
+    """Returns what the samples come from, its paths absolute."""
+    if args.text:
+        return ", ".join(str(file.resolve()) for file in args.text)
+    return EASY_VQA if args.data in (None, EASY_VQA) else str(Path(args.data).resolve())
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""The searched plan beside its baselines: dense, and uniform pruning by every score under the same two budgets."""
+"""The searched plan beside its baselines: dense, and uniform pruning by the usual scores under the same two budgets."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +9,9 @@ import numpy as np
 from lmmjax.config import LINEARS
 from lmmjax.intervals import bootstrap, wilson
 from lmmjax.likelihood import Result
-from lmmjax.prune import SCORES
 from lmmjax.prune.transform import Ranks
 from search.objective import Evaluator, perplexity
+from search.settings import BASELINES
 from search.space import Candidate, Space, dense
 
 Measure = Callable[[Result], float]
@@ -29,7 +29,7 @@ class Contender:
 def contenders(
     space: Space, rank: Callable[[str], Ranks], searched: Candidate, score: str, on_search: Evaluator, measure: Measure
 ) -> Iterator[Contender]:
-    """Yields dense, uniform by every score, uniform wanda with two other caches, and the searched allocation.
+    """Yields dense, uniform by the usual scores and the search's, wanda with two other caches, and what was searched.
 
     The uniform widths are the best of those that fit, by the search's own objective on the search set: a
     baseline gets the same look at the data as the search. Widths alike everywhere leave bytes over; "slack
@@ -41,7 +41,7 @@ def contenders(
     alike = [
         Candidate(space.weights.uniform(), np.full(layers, k), np.full(layers, v)) for k, v in space.cache.uniform()
     ]
-    for name in SCORES:
+    for name in dict.fromkeys((*BASELINES, score)):
         ranks = rank(name)
         best = min(alike, key=lambda candidate: measure(on_search(candidate, ranks)))
         yield Contender(f"uniform {name}", best, ranks)

@@ -17,7 +17,7 @@ from lmmjax.checkpoint import read_json
 from lmmjax.config import TextConfig, from_hf
 from lmmjax.data import EASY_VQA
 from lmmjax.errors import InputError
-from search import output, problem, report, storage, study, warm
+from search import allocated, output, problem, report, storage, study, warm
 from search.problem import Problem
 from search.settings import Settings, default_out, effort
 from search.space import Candidate
@@ -56,6 +56,7 @@ def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Setting
         form=cache_flags.read(args, window=args.window),
         **{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name not in _FILLED_IN},
     )
+    allocated.read(settings.allocations)
     settings.space(config)  # a budget that cannot be met is found before anything is loaded
     for name, least in (("trials", 1), ("report_samples", 1), ("batch", 1)):
         if getattr(args, name) < least:
@@ -94,7 +95,8 @@ def _search_and_compare(
     prepared = time.monotonic()
     known = {"fingerprint": problem.fingerprint(chosen), **({"starts": warm.digest(*warmed)} if warmed else {})}
     record = study.Record(storage.open_storage(where), {**settings.record, **known})
-    interrupted = _search(chosen, record, args.trials, warmed)
+    more = allocated.starts(chosen, allocated.read(settings.allocations))
+    interrupted = _search(chosen, record, args.trials, [*more, *warmed])
     searched = time.monotonic()
     best = best_candidate(record.trials)
     output.write_model(out, chosen, best)
@@ -121,10 +123,10 @@ def _warm_starts(settings: Settings, model: checkpoint.Checkpoint) -> list[Candi
     return warm.starts(measured, settings.space(model.config))
 
 
-def _search(chosen: Problem, record: study.Record, trials: int, warmed: Sequence[Candidate]) -> bool:
+def _search(chosen: Problem, record: study.Record, trials: int, more: Sequence[Candidate]) -> bool:
     """Runs the trials that are missing, with a bar on stderr; returns whether Ctrl-C ended it early.
 
-    The first trials are the uniform candidates and then those of `warmed`.
+    The first trials are the uniform candidates and then those of `more`.
     """
     space = chosen.space
     done = record.trials
@@ -134,7 +136,7 @@ def _search(chosen: Problem, record: study.Record, trials: int, warmed: Sequence
         space.distributions,
         chosen.outcome,
         trials=trials,
-        starts=[space.encode(candidate) for candidate in (*space.uniform(), *warmed)],
+        starts=[space.encode(candidate) for candidate in (*space.uniform(), *more)],
         propose=study.tpe,
         seed=chosen.settings.seed,
     )

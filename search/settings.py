@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 # The names alone, since the functions behind them take seconds to import: see search.objective and lmmjax.prune.
 OBJECTIVES = ("kl", "nll", "accuracy", "ppl")
-SCORES = ("magnitude", "wanda", "lognorm")
+SCORES = ("magnitude", "wanda", "wanda-cumulative", "ria", "lognorm")
+"""Those that read nothing but mean squares: a search takes no gradients."""
+BASELINES = ("magnitude", "wanda", "lognorm")
+"""Those that a search's result is compared with, beside its own."""
+ALLOCATIONS = ("owl", "alphapruning", "das", "mgaa")
+"""Those that can be starts: they need weights and statistics alone, which a search has."""
 
 
 class Effort(NamedTuple):
@@ -65,6 +70,7 @@ class Settings:
     search_samples: int = SMALL.search_samples
     seed: int = 0
     sensitivity: str | None = None
+    allocations: str | None = None
 
     def __post_init__(self):
         for name in ("calibration_samples", "search_samples"):
@@ -93,11 +99,11 @@ class Settings:
         Raises:
             InputError: a budget cannot be met by this model, or there is nothing to choose.
         """
-        from search.budget import WeightBudget
+        from lmmjax.prune.budget import WeightBudget
         from search.cache_budget import CacheBudget
         from search.space import Space
 
-        text, images = config.text, config.vision.image_tokens
+        text, images = config.text, config.image_tokens
         if self.context > text.context:
             raise InputError(f"--context: got {self.context}, expected at most the model's {text.context}")
         cache = CacheBudget(text, self.kv_budget, self.context, self.form, images)

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from lmmjax.config import LINEARS
 from lmmjax.errors import InputError
 from lmmjax.plan import LayerPlan, Plan
-from search.budget import WeightBudget
+from lmmjax.prune.budget import WeightBudget
 from search.cache_budget import CacheBudget
 
 Params = dict[str, float]

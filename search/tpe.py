@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lmmjax import cache_flags
 from lmmjax.errors import exit_code
-from search.settings import EFFORTS, OBJECTIVES, SCORES, Settings
+from search.settings import ALLOCATIONS, EFFORTS, OBJECTIVES, SCORES, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add("--search-samples", type=int, metavar="N", help="questions that every trial is judged by")
     add("--report-samples", type=int, metavar="N", help="questions that the end result is compared on")
     add("--sensitivity", metavar="FILE", help="of lmmjax.sensitivity: more starts, the widths that hurt least")
+    add(
+        "--allocations",
+        metavar="NAME,...",
+        help=f"more starts, published sparsities by layer: {', '.join(ALLOCATIONS)}",
+    )
     add("--batch", type=int, default=16, metavar="N", help="samples evaluated at once (default: %(default)s)")
     add("--storage", metavar="PATH|URL", help="Optuna's journal or database (default: OUT/study.journal)")
     add("--seed", type=int, default=default.seed)

@@ -90,7 +90,7 @@ def text_loss(config: LlavaConfig, params: Params, tokens: Int[Array, "w t"]) ->
 def initial_params(config: LlavaConfig, seed: int) -> dict[str, Any]:
     """Returns a projector from normalized features to embeddings of size one, and adapters that change nothing."""
     one, two, three = jax.random.split(jax.random.key(seed), 3)
-    width, features = config.text.width, config.vision.width * len(config.vision.feature_layers)
+    width, features = config.text.width, config.tower.width * len(config.tower.feature_layers)
 
     def linear(key: Array, inputs: int) -> dict[str, Array]:
         return {"kernel": jax.random.normal(key, (inputs, width)) * (2 / inputs) ** 0.5, "bias": jnp.zeros(width)}

@@ -115,7 +115,9 @@ def _blocks(processor: Processor, samples: Sequence[Sample]) -> tuple[np.ndarray
     texts = [processor.render(sample.question, 1) for sample in samples]
     prompts = [processor.encode(text, 1) for text in texts]
     answers = [answer_ids(processor, text, sample.answer) for text, sample in zip(texts, samples, strict=True)]
-    start = len(prompts[0]) - prompts[0][::-1].index(processor.config.image_token)
+    image = processor.config.image_token
+    assert image is not None, "questions about images are packed for a model that sees"
+    start = len(prompts[0]) - prompts[0][::-1].index(image)
     if any(prompt[:start] != prompts[0][:start] for prompt in prompts):
         raise InputError("chat template: the prompts differ before the image's end; expected the image before the text")
     whole = [[*prompt[start:], *answer] for prompt, answer in zip(prompts, answers, strict=True)]

@@ -6,8 +6,15 @@ from jaxtyping import Array, Bool, Float, Int
 from lmmjax.errors import InputError
 
 
-def rank(score: Float[Array, "in out"]) -> Int[Array, "in out"]:
-    """Returns each weight's place among its output's weights, 0 the lowest; equal scores rank by position."""
+def rank(score: Float[Array, "in out"], over: str = "output") -> Int[Array, "in out"]:
+    """Returns each weight's place among its output's weights, 0 the lowest; equal scores rank by position.
+
+    Over the whole "matrix" each place from 0 to in - 1 is taken by as many weights as there are outputs, wherever these
+    are. So in both ways, what ranks below n is n weights for every output.
+    """
+    if over == "matrix":
+        places = rank(score.reshape(-1, 1)) // score.shape[1]
+        return places.reshape(score.shape)
     inputs = score.shape[0]
     places = jnp.arange(inputs, dtype=jnp.uint16 if inputs <= 1 << 16 else jnp.int32)[:, None]
     order = jnp.argsort(score, axis=0, stable=True)
@@ -32,3 +39,8 @@ def keep_n_of_m(score: Float[Array, "in out"], n: int, m: int) -> Bool[Array, "i
     blocks = score.reshape(inputs // m, m, outputs).transpose(1, 0, 2).reshape(m, -1)
     keep = drop_lowest(rank(blocks), m - n)
     return keep.reshape(m, inputs // m, outputs).transpose(1, 0, 2).reshape(inputs, outputs)
+
+
+def zeroed(kernel: Float[Array, "in out"], keep: Bool[Array, "in out"]) -> Float[Array, "in out"]:
+    """Returns the weights with those that do not stay zero."""
+    return jnp.where(keep, kernel, jnp.zeros((), kernel.dtype))

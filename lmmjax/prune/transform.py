@@ -1,9 +1,9 @@
 """Pruning a parameter tree: params in, params out, and what is not pruned stays the very same object."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmmjax import calibrate
@@ -11,10 +11,11 @@ from lmmjax.calibrate import LayerStatistics
 from lmmjax.config import LINEARS, LlavaConfig
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
+from lmmjax.linears import kernel_of, with_kernels
 from lmmjax.llava import Params
 from lmmjax.plan import Plan
-from lmmjax.prune.masks import drop_lowest, rank
-from lmmjax.prune.scores import SCORES
+from lmmjax.prune.masks import drop_lowest, rank, zeroed
+from lmmjax.prune.scores import SCORES, Score
 
 Ranks = tuple[dict[str, Int[Array, "in out"]], ...]
 LayerMasks = Mapping[str, Bool[Array, "in out"] | None]
@@ -46,7 +47,7 @@ def prune(
     chosen = _score(score)
 
     def transform(index: int, layer: Params, stats: LayerStatistics) -> Params:
-        scores = {name: chosen(_linear(layer, name), stats[name]) for name in LINEARS}
+        scores = {name: chosen.rule(kernel_of(layer, name), stats[name]) for name in LINEARS}
         return _mask_layer(layer, {name: mask(index, name, value) for name, value in scores.items()})
 
     if sequential:
@@ -61,15 +62,17 @@ def rank_model(
     params: Params,
     stats: Sequence[LayerStatistics],
     score: str,
-    order: Callable[[Float[Array, "in out"]], Int[Array, "in out"]] = rank,
+    order: Callable[[Float[Array, "in out"]], Int[Array, "in out"]] | None = None,
 ) -> Ranks:
     """Returns every prunable weight's rank within its output: computed once, it serves every plan.
 
-    `order` makes ranks of scores; another than `rank` may bring a pattern into them.
+    `order` makes ranks of scores, by default over what the score is compared over; another may bring a pattern in.
     """
-    ranked = jax.jit(lambda weight, x_sq: order(_score(score)(weight, x_sq)))
+    chosen = _score(score)
+    order = order or functools.partial(rank, over=chosen.over)
+    ranked = jax.jit(lambda weight, stats: order(chosen.rule(weight, stats)))
     return tuple(
-        {name: ranked(_linear(params["text"][f"layers_{i}"], name), layer[name]) for name in LINEARS}
+        {name: ranked(kernel_of(params["text"][f"layers_{i}"], name), layer[name]) for name in LINEARS}
         for i, layer in enumerate(stats)
     )
 
@@ -102,26 +105,14 @@ def uniform_drop(config: LlavaConfig, ratio: float) -> dict[str, int]:
     return {name: int(config.text.linear_shape(name)[0] * ratio) for name in LINEARS}
 
 
-def _part(name: str) -> str:
-    return "attn" if name in ("q", "k", "v", "o") else "mlp"
-
-
-def _linear(layer: Params, name: str) -> Float[Array, "in out"]:
-    return layer[_part(name)][name]["kernel"]
-
-
 def _mask_layer(layer: Params, masks: LayerMasks) -> Params:
     """Returns the layer with masked kernels zero; only dicts on the way to a masked kernel are new."""
-    for name, mask in masks.items():
-        if mask is None:
-            continue
-        part, kernel = _part(name), _linear(layer, name)
-        pruned = {"kernel": jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))}
-        layer = layer | {part: layer[part] | {name: layer[part][name] | pruned}}
-    return layer
+    return with_kernels(
+        layer, {name: zeroed(kernel_of(layer, name), keep) for name, keep in masks.items() if keep is not None}
+    )
 
 
-def _score(name: str):
+def _score(name: str) -> Score:
     if name not in SCORES:
         raise InputError(f"score: got {name!r}, expected one of {', '.join(SCORES)}")
     return SCORES[name]

@@ -2,6 +2,7 @@
 
 import pytest
 from tiny_checkpoints import hf_config
+from tiny_texts import text_config
 
 from lmmjax.config import from_hf
 from lmmjax.errors import InputError
@@ -68,6 +69,54 @@ BAKLLAVA = {
         "vocab_size": 32064,
     },
 }
+# Decoders alone: huggyllama/llama-7b, meta-llama/Llama-2-7b-hf, HuggingFaceTB/SmolLM2-135M, mistralai/Mistral-7B-v0.1.
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "initializer_range": 0.02,
+    "max_sequence_length": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "float16",
+    "transformers_version": "4.28.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LLAMA_2_7B = {
+    **{name: value for name, value in LLAMA_7B.items() if name != "max_sequence_length"},
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "max_position_embeddings": 4096,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+MISTRAL_7B = {**BAKLLAVA["text_config"], "vocab_size": 32000}
 # What transformers 4 wrote into each part as well.
 LEGACY = {
     "add_cross_attention": False,
@@ -124,6 +173,60 @@ def test_the_number_of_image_tokens_may_be_told_or_left_at_the_librarys_default(
 def test_feature_layers_count_hidden_states():
     assert from_hf(hf_config(vision_feature_layer=[-2, 3, 0])).vision.feature_layers == (2, 3, 0)
     assert from_hf(hf_config(vision_feature_select_strategy="full")).vision.image_tokens == 5
+
+
+def test_decoders_alone():
+    for raw, context, eps in ((LLAMA_7B, 2048, 1e-6), (LLAMA_2_7B, 4096, 1e-5)):
+        config = from_hf(raw)
+        assert (config.vision, config.image_token, config.sees) == (None, None, False)
+        text = config.text
+        assert (text.layers, text.heads, text.kv_heads, text.head_dim, text.ffn) == (32, 32, 32, 128, 11008)
+        assert (text.vocab, text.context, text.eps, text.tied) == (32000, context, eps, False)
+    text = from_hf(SMOLLM2).text
+    assert (text.heads, text.kv_heads, text.head_dim, text.rope_theta, text.tied) == (9, 3, 64, 1e5, True)
+    text = from_hf(MISTRAL_7B).text
+    assert (text.kv_heads, text.ffn, text.context) == (8, 14336, 4096)
+
+
+def test_a_decoder_alone_is_that_of_a_llava():
+    for kind in ("llama", "mistral"):
+        part = {"model_type": kind, "sliding_window": 64, "rope_theta": 5e5, **LEGACY}
+        assert from_hf(text_config(**part)).text == from_hf(hf_config(text=part)).text
+
+
+def test_what_a_decoder_alone_leaves_out_has_its_own_librarys_default():
+    assert from_hf({"model_type": "llama"}).text.context == 2048
+    text = from_hf({"model_type": "mistral"}).text
+    assert (text.ffn, text.kv_heads, text.context) == (14336, 8, 4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_bias": True}, "json: attention_bias = True is not handled"),
+        ({"mlp_bias": True}, "json: mlp_bias = True is not handled"),
+        ({"hidden_act": "gelu"}, "json: hidden_act = 'gelu' is not handled"),
+        ({"invented": 1}, "json: invented = 1 is not handled"),
+        ({"vision_config": {}}, "json: vision_config = {} is not handled"),
+        ({"quantization_config": {"bits": 4}}, "json: quantization_config = {'bits': 4} is not handled"),
+        ({"rope_interleaved": True}, "json: rope_interleaved = True is not handled"),
+        ({"max_sequence_length": 99}, "json: max_sequence_length = 99, but max_position_embeddings = 128"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "json: rope_parameters = "),
+        ({"rope_theta": 0}, "json: rope_theta = 0, expected a number above 0"),
+        ({"num_hidden_layers": 0}, "json: num_hidden_layers = 0, expected at least 1"),
+        ({"num_key_value_heads": 3}, "query heads are no multiple of kv heads"),
+        ({"head_dim": -8}, "json: head_dim = -8, expected at least 2"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'; expected 'llava' (LLaVA 1.5), or 'llama' or 'mistral' for"),
+        ({"model_type": None}, "model_type is None; expected"),
+    ],
+)
+def test_what_is_not_handled_of_a_decoder_alone_is_named(changes: dict, named: str):
+    for kind in ("llama", "mistral"):
+        with pytest.raises(InputError) as caught:
+            from_hf({**text_config(kind), **changes})
+        assert named in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from lmmjax.config import LlavaConfig, TextConfig, VisionConfig
 from lmmjax.errors import InputError
 from lmmjax.memory import memory_report
 from lmmjax.plan import BITS, CacheFormat, LayerPlan, Plan, uniform
-from lmmjax.planned import planned_params
 
 SMALL = CacheFormat(group=4, dtype="float32")
 PLANS = {
@@ -114,7 +113,7 @@ def test_the_weights_of_a_checkpoint(changes, hf_checkpoint, tmp_path):
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), loaded.params)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), outline.params) == described
     dtype = str(loaded.params["text"]["embedding"].dtype)
-    planned = planned_params(loaded.config, dtype)
+    planned = llava.shapes(loaded.config, dtype)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == described
     report = memory_report(loaded.config, None, 1, 16, dtype)
     assert report == memory_report(loaded.config, None, 1, 16, params=outline.params)

@@ -58,7 +58,7 @@ def changed(path: str, value):
         ("calibration.samples", True, "calibration.samples: got True, expected int"),
         ("calibration.seed", -1, "seed -1"),
         ("score", ["x"], "plan.score: got"),
-        ("version", 3, "got version 3, this lmmjax reads 1 and 2"),
+        ("version", 4, "got version 4, this lmmjax reads 1 to 3"),
         ("version", True, "got version True"),
         ("cache.sinks", 10**13, "at most 65536"),
     ],

@@ -11,7 +11,7 @@ from lmmjax.cache import cache_bytes
 from lmmjax.config import TextConfig
 from lmmjax.errors import InputError
 from lmmjax.plan import BITS, CacheFormat, LayerPlan, Plan
-from search.budget import WeightBudget, round_counts
+from lmmjax.prune.budget import WeightBudget, round_counts
 from search.cache_budget import CacheBudget
 
 TEXT = TextConfig(vocab=64, width=64, ffn=176, layers=4, heads=4, kv_heads=2, head_dim=16, context=512)

@@ -12,8 +12,8 @@ from small import CONFIG, encoded
 from lmmjax import calibrate, likelihood, llava, prune
 from lmmjax.cache import empty_cache
 from lmmjax.plan import CacheFormat
+from lmmjax.prune.budget import WeightBudget
 from search import objective
-from search.budget import WeightBudget
 from search.cache_budget import CacheBudget
 from search.objective import OBJECTIVES, Evaluator
 from search.space import Space, dense

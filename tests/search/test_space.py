@@ -6,7 +6,7 @@ import pytest
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 from lmmjax.plan import CacheFormat
-from search.budget import WeightBudget
+from lmmjax.prune.budget import WeightBudget
 from search.cache_budget import CacheBudget
 from search.space import Space
 

@@ -16,8 +16,8 @@ from lmmjax import sensitivity
 from lmmjax.config import TextConfig
 from lmmjax.errors import InputError
 from lmmjax.plan import CacheFormat
+from lmmjax.prune.budget import WeightBudget
 from search import knapsack, session, tpe, warm
-from search.budget import WeightBudget
 from search.cache_budget import CacheBudget
 from search.knapsack import Pair
 from search.settings import Settings

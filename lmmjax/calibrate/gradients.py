@@ -1,0 +1,86 @@
+"""Gradients of the loss by every prunable weight, layer by layer from the last to the first, a sample at a time.
+
+The hidden states that enter each layer wait in files, so that memory holds one layer, its gradient and one batch.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from safetensors.flax import load_file, save_file
+
+from lmmjax import llava
+from lmmjax.calibrate.layer import forward, run
+from lmmjax.calibrate.tokens import Rows
+from lmmjax.config import LINEARS, LlavaConfig, TextConfig
+from lmmjax.layered import Layered
+from lmmjax.layers import RMSNorm
+from lmmjax.linears import kernel_of, with_kernels
+from lmmjax.llava import Params
+
+Kernels = dict[str, Float[Array, "in out"]]
+
+
+def sizes(model: Layered, rows: list[Rows], folder: Path) -> Iterator[tuple[int, Kernels]]:
+    """Yields (layer, mean over samples of |gradient| of each linear), from the last layer to the first.
+
+    The loss is a sample's mean negative log-likelihood of its text tokens. Hidden states go to files in `folder`.
+    """
+    samples = sum(int(batch.valid.any(1).sum()) for batch in rows)
+    with TemporaryDirectory(dir=folder) as name:
+        waiting = Path(name)
+        slopes = [_entering(model, batch, waiting, i) for i, batch in enumerate(rows)]
+        for index in reversed(range(model.config.text.layers)):
+            layer, total = model.layer(index), None
+            for i, batch in enumerate(rows):
+                x = load_file(waiting / f"{index}-{i}")["x"]
+                sums, slopes[i] = _back(model.config.text, layer, batch.replace(x=x), slopes[i])
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            yield index, jax.tree.map(lambda value: value / samples, total)
+
+
+def losses(config: LlavaConfig, outer: Params, rows: Rows) -> Float[Array, "b"]:
+    """Returns each row's mean negative log-likelihood of its text, from the last layer's output; 0 without text."""
+    states = jnp.asarray(RMSNorm(config.text.eps).apply({"params": outer["text"]["norm"]}, rows.x))
+    log_probs = jax.nn.log_softmax(llava.logits(config, outer, states[:, :-1]))
+    nll = -jnp.take_along_axis(log_probs, rows.tokens[:, 1:, None], axis=-1, mode="clip")[..., 0]
+    counted = (rows.valid & ~rows.visual)[:, 1:]
+    return jnp.where(counted, nll, 0).sum(1) / jnp.maximum(counted.sum(1), 1)
+
+
+def _entering(model: Layered, batch: Rows, waiting: Path, number: int) -> Float[Array, "b t e"]:
+    """Writes what enters each layer; returns the loss's gradient by what leaves the last."""
+    for index in range(model.config.text.layers):
+        save_file({"x": batch.x}, waiting / f"{index}-{number}")
+        batch = batch.replace(x=forward(model.config.text, model.layer(index), batch))
+    return _slope(model.config, model.outer, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slope(config: LlavaConfig, outer: Params, rows: Rows) -> Float[Array, "b t e"]:
+    def one(row: Rows) -> Float[Array, "t e"]:
+        row = jax.tree.map(lambda leaf: leaf[None], row)
+        return jax.grad(lambda x: losses(config, outer, row.replace(x=x)).sum())(row.x)[0]
+
+    return jax.lax.map(one, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _back(
+    text: TextConfig, layer: Params, rows: Rows, slope: Float[Array, "b t e"]
+) -> tuple[Kernels, Float[Array, "b t e"]]:
+    """Returns the sums of |gradient|, and the gradient by what enters the layer."""
+    kernels = {name: kernel_of(layer, name) for name in LINEARS}
+
+    def one(sums: Kernels, sample: tuple[Rows, Array]) -> tuple[Kernels, Float[Array, "t e"]]:
+        row, slope = jax.tree.map(lambda leaf: leaf[None], sample)
+        _, pull = jax.vjp(lambda w, x: run(text, with_kernels(layer, w), row.replace(x=x)), kernels, row.x)
+        found, before = pull(slope)
+        return jax.tree.map(lambda total, g: total + jnp.abs(g.astype(jnp.float32)), sums, found), before[0]
+
+    nothing = {name: jnp.zeros(kernel.shape, jnp.float32) for name, kernel in kernels.items()}
+    return jax.lax.scan(one, nothing, (rows, slope))

@@ -1,0 +1,134 @@
+"""One run of the prune command: calibrate, allocate, prune layer by layer, write the checkpoint, say what it cost."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array
+from safetensors.flax import save
+
+from lmmjax import checkpoint, files, layered, machine, runtime, weights
+from lmmjax.calibrate import samples
+from lmmjax.calibrate.samples import Recipe
+from lmmjax.config import LINEARS, LlavaConfig, from_hf
+from lmmjax.data import EASY_VQA
+from lmmjax.errors import InputError
+from lmmjax.linears import path_of, with_kernels
+from lmmjax.llava import Params
+from lmmjax.plan import CacheFormat, Calibration, LayerPlan, Plan
+from lmmjax.prompt import Processor
+from lmmjax.prune import report
+from lmmjax.prune.losses import Loss
+from lmmjax.prune.method import Method
+from lmmjax.prune.passes import Passes, Task
+from lmmjax.prune.targets import Targets, parse_pattern
+
+LENGTH = 2048
+"""Tokens of a window of text, if the model's context has room for them: what published pruners calibrate on."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prunes, writes OUT (and the export), and prints the report."""
+    runtime.prepare()
+    for target in filter(None, (args.out, args.export)):
+        files.refuse_existing(target)
+    method, targets = _asked(args)
+    path = checkpoint.resolve(args.model)
+    config = from_hf(checkpoint.read_json(path / "config.json"))
+    _refuse_pruned(path)
+    targets.check(config.text)
+    recipe = _recipe(args, config)
+    passes = _passes(args, path, config, recipe, method)
+    dtypes = _dtypes(path)
+    task = Task(method, targets.drops(passes), not args.one_shot, {name: dtypes[path_of(0, name)] for name in LINEARS})
+    losses = _write(args, path, passes, task, recipe)
+    print(f"{report.text(losses)}\n\nwritten: {args.out}")
+    passes.forget(task)
+    return _export(args)
+
+
+def _asked(args: argparse.Namespace) -> tuple[Method, Targets]:
+    pattern = parse_pattern(args.pattern)
+    plan = Plan.load(args.plan) if args.plan else None
+    update = None if args.update == "none" else args.update
+    for flag, got, least in (("--samples", args.samples, 1), ("--windows", args.windows, 1), ("--seed", args.seed, 0)):
+        if got < least:
+            raise InputError(f"{flag}: got {got}, expected at least {least}")
+    return Method(args.method, update, pattern, args.permute), Targets(args.sparsity, pattern, plan, args.allocation)
+
+
+def _refuse_pruned(path: Path) -> None:
+    plan = checkpoint.stored_plan(path)
+    if plan is not None and plan.prunes:
+        raise InputError(f"--model: {path} is pruned already; give the dense checkpoint it was made from")
+
+
+def _recipe(args: argparse.Namespace, config: LlavaConfig) -> Recipe:
+    length = min(LENGTH, config.text.context) if args.length is None else args.length
+    if not 2 <= length <= config.text.context:
+        raise InputError(f"--length: got {length}, expected 2 to the model's {config.text.context}")
+    data = args.data or (None if args.text else EASY_VQA)
+    data = data if data in (None, EASY_VQA) else str(Path(data).resolve())
+    return Recipe(data, args.samples, tuple(args.text), args.windows, length, args.seed)
+
+
+def _passes(args: argparse.Namespace, path: Path, config: LlavaConfig, recipe: Recipe, method: Method) -> Passes:
+    sets = samples.encode(Processor.load(path, config), recipe)
+    grams = method.grams or not args.light
+    return Passes(layered.stored(path, config), sets, args.statistics, choice=args.tokens, grams=grams)
+
+
+def _dtypes(path: Path) -> dict[str, np.dtype]:
+    """Returns what the checkpoint stores each leaf in."""
+    return {name: np.dtype(leaf.dtype) for name, leaf in weights.leaves(path / "params").items()}
+
+
+def _write(args: argparse.Namespace, path: Path, passes: Passes, task: Task, recipe: Recipe) -> list[Loss]:
+    """Writes OUT, layer by layer; returns all figures."""
+    losses: list[Loss] = []
+    orders: dict[str, Array] = {}
+    beside: dict[str, bytes] = {}
+    dtypes, config = _dtypes(path), (path / "config.json").read_bytes()
+    carried, plan = checkpoint.carried_files(path), _plan(args, task, recipe, dtypes)
+    with checkpoint.writer(args.out, config, carried, plan, beside) as leaves:
+        _add(leaves, "", passes.model.outer, dtypes)
+        for index, done in enumerate(passes.pruned(task)):
+            layer = with_kernels(passes.model.layer(index), done.kernels)
+            _add(leaves, f"text.layers_{index}.", layer, dtypes)
+            losses += done.losses
+            orders |= {f"layers_{index}.{name}": order for name, order in done.orders.items()}
+        figures = {"about": machine.facts("lmmjax.prune", args.words), **report.as_json(losses)}
+        beside["pruning.json"] = (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode()
+        beside |= {"orders.safetensors": save(orders)} if orders else {}
+    return losses
+
+
+def _add(leaves: weights.Writer, prefix: str, tree: Params, dtypes: dict[str, np.dtype]) -> None:
+    """Adds leaves in the dtypes that they were stored in; those of pruned linears are rounded to it already."""
+    for name, leaf in flatten_dict(tree, sep=".").items():
+        leaves.add(prefix + name, np.asarray(leaf).astype(dtypes[prefix + name]))
+
+
+def _plan(args: argparse.Namespace, task: Task, recipe: Recipe, dtypes: dict[str, np.dtype]) -> Plan:
+    """Returns the plan that the checkpoint carries; one that says all can be replayed.
+
+    Its cache is exact, in the dtype of the weights.
+    """
+    calibration = Calibration(recipe.data or "text", recipe.samples, args.tokens, recipe.seed)
+    says_all = task.method.replayable and not task.sequential and not recipe.text
+    made_by = None if says_all else shlex.join(["python", "-m", "lmmjax.prune", *args.words])
+    cache = CacheFormat(dtype=str(dtypes[path_of(0, LINEARS[0])]))
+    layers = tuple(LayerPlan(drop=drop) for drop in task.drops)
+    return Plan(layers, score=task.method.name, calibration=calibration, cache=cache, made_by=made_by)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.export is None:
+        return 0
+    if (reason := checkpoint.run_convert("export", args.out, args.export)) is not None:
+        raise InputError(f"--export: {args.out} is written, but not its export ({reason})")
+    print(f"exported: {args.export}")
+    return 0

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import tables
+
 LEGEND = """*Settled* are the bits of codes, scales and zeros that a value takes once it is quantized; *at N* counts
 everything at a context of N tokens, the exact tokens of ring and sinks too. Losses are relative to the dense model. A
 row *by layer* has widths a layer, chosen by the error of its attention on other images within so many bits of all
@@ -30,8 +32,7 @@ def page(found: Mapping[str, Any]) -> str:
         key=lambda row: (-float(row["level"]), row.get("text_kl", math.inf), row["method"]),
     )
     body = [_row(row, dense, contexts, text) for row in quantized]
-    lines = [_line(columns), _line(["---"] * len(columns)), *map(_line, body)]
-    return "\n".join([*lines, "", _small_print(found, dense)])
+    return f"{tables.table(columns, body)}\n{_small_print(found, dense)}"
 
 
 def _row(row: Mapping[str, Any], dense: Mapping[str, Any], contexts: Sequence[str], text: bool) -> list[str]:
@@ -60,12 +61,7 @@ def _small_print(found: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
         if text
         else ""
     )
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
         f"Dense: {100 * dense['right']:.2f}% right of {chosen['samples']} questions of easy-VQA's test split{read}."
-        f" {about['cpu']}, {about['cores_used']} cores, {about['device']}; {versions}; {about['date'][:10]}."
+        f" {tables.machine(about)}."
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from lmmjax.calibrate.statistics import SHARED, LayerStatistics, LinearStatistic
 from lmmjax.errors import InputError
 from lmmjax.linears import kernel_of, with_kernels
 from lmmjax.llava import Params
-from lmmjax.prune.masks import drop_lowest, keep_n_of_m, rank, zeroed
+from lmmjax.prune.lowest import lowest
+from lmmjax.prune.masks import keep_n_of_m, zeroed
 from lmmjax.prune.permute import keep_n_of_m_permuted, permutation
 from lmmjax.prune.scores import SCORES
 from lmmjax.prune.updates import UPDATES
@@ -90,22 +91,25 @@ class Method:
             touched = [name for name in names if self.pattern or drops[name]]
             prepared = self._prepared(stats[first], f"{where}, {first}") if touched else None
             for name in touched:
-                found[name] = self._linear(kernel_of(layer, name), stats[name], drops[name], prepared)
+                found[name] = self.linear(kernel_of(layer, name), stats[name], drops[name], prepared)
         return with_kernels(layer, {name: pruned.weight for name, pruned in found.items()}), found
 
-    def _prepared(self, stats: LinearStatistics, where: str):
-        if not self.grams:
-            return None
-        assert stats.gram is not None, "an update reads Gram matrices; calibrate with grams"
-        return UPDATES[self.update or self.name].prepare(stats.gram, where)
-
-    def _linear(self, weight: Array, stats: LinearStatistics, drop: int, prepared) -> Pruned:
+    def linear(
+        self, weight: Float[Array, "in out"], stats: LinearStatistics, drop: int, prepared: Any = None
+    ) -> Pruned:
+        """Returns what becomes of one linear; `prepared` is what an update made of the Gram matrix."""
         if self.name in UPDATES:
             return Pruned(*UPDATES[self.name].choose(weight, prepared, drop, self.pattern))
         keep, order = self._mask(weight, stats, drop)
         if self.update is None:
             return Pruned(zeroed(weight, keep), keep, order)
         return Pruned(UPDATES[self.update].repair(weight, prepared, keep), keep, order)
+
+    def _prepared(self, stats: LinearStatistics, where: str):
+        if not self.grams:
+            return None
+        assert stats.gram is not None, "an update reads Gram matrices; calibrate with grams"
+        return UPDATES[self.update or self.name].prepare(stats.gram, where)
 
     def _mask(self, weight: Array, stats: LinearStatistics, drop: int) -> tuple[Array, Int[Array, "in"] | None]:
         stats = stats.replace(gram=None)  # no score reads it, and it is the largest of all
@@ -121,7 +125,8 @@ class Method:
 @functools.partial(jax.jit, static_argnums=0)
 def _lowest(name: str, weight: Array, stats: LinearStatistics, drop: Array) -> Bool[Array, "in out"]:
     score = SCORES[name]
-    return drop_lowest(rank(score.rule(weight, stats), score.over), drop)
+    count = drop * weight.shape[1] if score.over == "matrix" else drop
+    return ~lowest(score.rule(weight, stats), count, score.over)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

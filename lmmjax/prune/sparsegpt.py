@@ -18,7 +18,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from lmmjax.errors import InputError
-from lmmjax.prune.admm import lowest
+from lmmjax.prune.lowest import lowest
 from lmmjax.prune.masks import keep_n_of_m, zeroed
 
 BLOCK = 128
@@ -158,7 +158,7 @@ def _eliminate(band: Band, upper: Float[Array, "n n"], levels: list[Level]) -> B
         if choice is not None:
             group = group._replace(keep=choice(index, jnp.abs(group.weights / jnp.diagonal(own)[:, None])))
         group = _eliminate(group, own, below)
-        return jax.tree.map(lambda all, rows: lax.dynamic_update_slice_in_dim(all, rows, start, 0), band, group)
+        return jax.tree.map(lambda whole, rows: lax.dynamic_update_slice_in_dim(whole, rows, start, 0), band, group)
 
     return lax.fori_loop(0, len(upper) // size, turn, band)
 
@@ -173,11 +173,11 @@ def _owed(
     groups = len(upper) // size
     chunk = len(upper) if len(upper) <= BLOCK else size * next(n for n in (4, 3, 2, 1) if groups % n == 0)
 
-    def add(index: Int[Array, ""], sum: Float[Array, "size out"]) -> Float[Array, "size out"]:
+    def add(index: Int[Array, ""], total: Float[Array, "size out"]) -> Float[Array, "size out"]:
         at = index * chunk
         rows = lax.dynamic_slice(upper, (at, start), (chunk, size))
         past = lax.dynamic_slice_in_dim(errors, at, chunk)
-        return sum + jnp.einsum("io,ij->jo", past, rows, precision=lax.Precision.HIGHEST)
+        return total + jnp.einsum("io,ij->jo", past, rows, precision=lax.Precision.HIGHEST)
 
     nothing = jnp.zeros((size, errors.shape[1]))
     return add(jnp.int32(0), nothing) if chunk == len(upper) else lax.fori_loop(0, -(-start // chunk), add, nothing)

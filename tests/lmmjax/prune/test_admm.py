@@ -1,12 +1,8 @@
 """ADMM equals the paper's algorithms in their own letters, and comes near the least squares that it is after."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from lmmjax.prune import admm
 
@@ -101,23 +97,3 @@ def test_weights_of_inputs_that_were_always_zero_go_first_and_stay_as_they_are_o
     assert not np.asarray(keep)[[2, 7]].any()
     ours = admm.repair(jnp.asarray(w), prepared, jnp.ones(w.shape, bool))
     close(ours, w)
-
-
-SCORES = hnp.arrays(np.float32, (5, 4), elements=st.sampled_from([0.0, 1e-40, 0.5, 1.0, 3e38, np.inf]))
-lowest = jax.jit(admm.lowest, static_argnames="over")
-
-
-@given(score=SCORES, count=st.integers(0, 20))
-@settings(deadline=None)
-def test_the_lowest_are_the_first_of_a_stable_sort(score, count):
-    expected = np.zeros(20, bool)
-    expected[np.argsort(score.ravel(), kind="stable")[:count]] = True
-    np.testing.assert_array_equal(lowest(score, count).ravel(), expected)
-
-
-@given(score=SCORES, count=st.integers(0, 5))
-@settings(deadline=None)
-def test_the_lowest_of_every_output_are_the_first_of_its_own_sort(score, count):
-    expected = np.zeros(score.shape, bool)
-    np.put_along_axis(expected, np.argsort(score, axis=0, kind="stable")[:count], True, axis=0)
-    np.testing.assert_array_equal(lowest(score, count, over="output"), expected)

@@ -1,0 +1,64 @@
+"""What the pruning benchmark measures: every score with every update, and every allocation, at every level."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lmmjax.prune.allocations import ALLOCATIONS
+from lmmjax.prune.method import Method
+from lmmjax.prune.scores import SCORES
+from lmmjax.prune.targets import parse_pattern
+from lmmjax.prune.updates import UPDATES
+
+ALLOCATED = "lognorm"
+"""The score under which allocations are compared."""
+SAME_IN_PATTERNS = ("wanda-cumulative",)
+"""Scores that order an output's weights as another does, so that a pattern is the same."""
+
+
+class Cell(NamedTuple):
+    """A method at a level ("0.5" or "2:4"; "" is the dense model) under an allocation, calibrated by a seed."""
+
+    level: str
+    score: str = ""
+    update: str = "none"
+    allocation: str = "uniform"
+    seed: int = 0
+
+    @property
+    def method(self) -> Method:
+        """How its weights are pruned."""
+        update = None if self.update == "none" or self.score in UPDATES else self.update
+        return Method(self.score, update, parse_pattern(self.level) if ":" in self.level else None)
+
+
+def cells(levels: Sequence[str], seeds: int) -> Iterator[Cell]:
+    """Yields the cells, a seed after the other: what a seed's statistics cost is paid once, and updates come last.
+
+    An update that chooses its own mask is a score of its own. What no seed changes is measured for the first alone.
+    """
+    yield Cell("")
+    for seed in range(seeds):
+        for level in levels:
+            yield from _plain(level, seed)
+        for level in levels:
+            yield from _updated(level, seed)
+
+
+def _plain(level: str, seed: int) -> Iterator[Cell]:
+    """Yields every score without an update, and every allocation."""
+    for score in _scores(level):
+        if not (seed and score == "magnitude"):
+            yield Cell(level, score, seed=seed)
+    for allocation in ALLOCATIONS if ":" not in level else ():
+        if allocation != "uniform" and not (seed and allocation == "alphapruning"):
+            yield Cell(level, ALLOCATED, allocation=allocation, seed=seed)
+
+
+def _updated(level: str, seed: int) -> Iterator[Cell]:
+    for update in UPDATES:
+        for score in (update, *_scores(level)):
+            yield Cell(level, score, update, seed=seed)
+
+
+def _scores(level: str) -> list[str]:
+    return [name for name in SCORES if not (":" in level and name in SAME_IN_PATTERNS)]

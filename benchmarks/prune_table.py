@@ -1,0 +1,86 @@
+"""The tables of pruning methods: a score a row with each update beside it, and allocations side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import tables
+from lmmjax.prune.allocations import ALLOCATIONS
+from lmmjax.prune.updates import UPDATES
+
+Row = Mapping[str, Any]
+LEGEND = """Every score of `python -m lmmjax.prune` alone and with the weights that stay updated, uniform over all
+linears; *own mask* is the update that chooses by itself. Then allocations of the same exact sparsity over layers, by
+the score lognorm, without an update. Statistics are one-shot, those of the dense model, so that all methods of a seed
+rest on the same; a seed draws what is calibrated on. *-*: not measured.
+"""
+MEASURES = (("right", "easy-VQA, right"), ("ppl", "perplexity"))
+
+
+def page(name: str, found: Mapping[str, Any]) -> str:
+    """Returns both tables of a file of `benchmarks.prune_quality`, and what they rest on."""
+    cells = found["cells"]
+    return "\n".join([_updates(cells), _allocations(cells), _small_print(name, found)])
+
+
+def _updates(cells: Sequence[Row]) -> str:
+    columns = ("none", *UPDATES)
+    head = ["sparsity", "score", *(f"{what}: {_named(update)}" for _, what in MEASURES for update in columns)]
+    dense = next(row for row in cells if not row["level"])
+    lines = [["", "dense", _figure([dense], "right"), "", "", _figure([dense], "ppl"), "", ""]]
+    uniform = [row for row in cells if row["level"] and row["allocation"] == "uniform"]
+    for level in tables.sparsities(uniform):
+        of = [row for row in uniform if row["level"] == level]
+        scores = [name for name in dict.fromkeys(row["score"] for row in of) if name not in UPDATES]
+        for name in (*scores, None):
+            lines.append([tables.share(level), name or "own mask", *_line(of, name, columns)])
+    return tables.table(head, lines)
+
+
+def _line(of: Sequence[Row], score: str | None, columns: Sequence[str]) -> list[str]:
+    """Returns a score's figures, or those of updates that choose by themselves."""
+
+    def chosen(update: str) -> list[Row]:
+        return [row for row in of if row["update"] == update and row["score"] == (score or update)]
+
+    return [_figure(chosen(update), measure) for measure, _ in MEASURES for update in columns]
+
+
+def _allocations(cells: Sequence[Row]) -> str:
+    head = ["sparsity", "", *ALLOCATIONS]
+    rows = [row for row in cells if row["score"] == "lognorm" and row["update"] == "none" and ":" not in row["level"]]
+    lines = [
+        [
+            tables.share(level),
+            what,
+            *(
+                _figure([row for row in rows if (row["level"], row["allocation"]) == (level, name)], measure)
+                for name in ALLOCATIONS
+            ),
+        ]
+        for level in tables.sparsities(rows)
+        for measure, what in MEASURES
+    ]
+    return tables.table(head, lines)
+
+
+def _figure(rows: Sequence[Row], measure: str) -> str:
+    if not rows or measure not in rows[0]:
+        return "-"
+    if measure == "right":
+        return tables.spread([100 * row["right"] for row in rows], ".1f", "%")
+    return tables.spread([row["ppl"] for row in rows], ".1f")
+
+
+def _named(update: str) -> str:
+    return "alone" if update == "none" else f"+ {update}"
+
+
+def _small_print(name: str, found: Mapping[str, Any]) -> str:
+    chosen, about = found["settings"], found["about"]
+    files, each = len(chosen["calibration"]), chosen["length"]
+    windows = f" and {chosen['calibration_windows']} windows of {each} tokens of {files} files"
+    return (
+        f"{tables.interval(chosen['samples'])} Calibrated on {chosen['calibration_samples']} questions"
+        f"{windows if chosen['calibration'] else ''}. {tables.text(chosen['text'])} {tables.machine(about)};"
+        f" {tables.source(name)}.\n"
+    )

@@ -1,5 +1,6 @@
 """The cache's benchmark: its judge is the search's, bits are the formula's, a run goes on, and text is judged too."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -59,11 +60,12 @@ def test_the_judge_is_the_searchs_and_the_text_is_perplexitys(checkpoint):
     tokens = np.random.default_rng(0).integers(0, 90, 96).tolist()
     windows = [Window(0, tokens[:48], 1), Window(0, tokens[40:80], 8), Window(1, tokens[60:], 1)]
     layers = model.config.text.layers
+    form = dataclasses.replace(kivi(), dtype="float32")  # else the search's dense predictions would be rounded, too
     widths = Widths(np.full(layers, 3), np.full(layers, 2))
-    found = Judge(model, questions, windows, batch=2)(kivi(), widths)
+    found = Judge(model, questions, windows, batch=2)(form, widths)
     statistics = calibrate.statistics(model.config, model.params, questions)
     ranks = rank_model(model.config, model.params, statistics, "magnitude")
-    searched = Evaluator(model.config, model.params, ranks, kivi(), questions, batch=2)
+    searched = Evaluator(model.config, model.params, ranks, form, questions, batch=2)
     candidate = dense(layers)._replace(key_bits=widths.keys, value_bits=widths.values)
     assert found["kl"] == pytest.approx(searched(candidate).kl, rel=1e-3)
     plan = uniform(model.config.text, bits=3, cache=kivi())

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures the cells that are missing in benchmarks/results/prune-quality-NAME.json; returns 0."""
     runtime.prepare()
-    path = machine.RESULTS / f"prune-quality-{name_of(args.model)}.json"
+    path = machine.RESULTS / f"prune-quality-{args.name or name_of(args.model)}.json"
     settings = _settings(args)
     found = found_in(path, settings, "cells")
     done = {Cell(*(row[name] for name in Cell._fields)) for row in found}
@@ -100,8 +101,8 @@ class Contest:
         stats = calibrate.statistics(model.config, model.params, sets, grams=True)
         whole = held(model.config, model.params)
         rows = walk.embedded(model.config, whole.outer, sets)
-        machine.RESULTS.mkdir(exist_ok=True)
-        slopes = dict(gradients.sizes(whole, rows, Path(checkpoint.cache_dir())))
+        with tempfile.TemporaryDirectory() as folder:
+            slopes = dict(gradients.sizes(whole, rows, Path(folder)))
         return tuple(
             one.replace(linears={name: of.replace(gradient=slopes[i][name]) for name, of in one.linears.items()})
             for i, one in enumerate(stats)
@@ -119,7 +120,7 @@ class Contest:
             return [dict.fromkeys(LINEARS, 0)] * text.layers
         whole = held(self._model.config, self._model.params)
         loss = Loss(whole, self._few(cell.seed)) if cell.allocation == "ecoflap" else None
-        evidence = Evidence(text, float(cell.level), whole.layer, self._statistics(cell.seed), loss)
+        evidence = Evidence(text, float(cell.level), whole.layer, self._statistics(cell.seed), loss, cell.seed)
         return [
             {name: int(n) for name, n in zip(LINEARS, row, strict=True)} for row in allocate(cell.allocation, evidence)
         ]
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration-windows", type=int, default=8, help="windows of text (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens of such a window (default: %(default)s)")
     add("--batch", type=int, default=16)
+    add("--name", metavar="NAME", help="the file is benchmarks/results/prune-quality-NAME.json (default: the model's)")
     return parser
 
 

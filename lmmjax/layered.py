@@ -24,11 +24,13 @@ class Layered:
     layer: Callable[[int], Params]
 
     def digest(self) -> str:
-        """Returns a short hash of the weights; of a stored model it reads each layer once."""
-        found = weights.digest(self.outer)
-        for index in range(self.config.text.layers):
-            found.update(weights.digest(self.layer(index)).digest())
-        return hashlib.sha256(found.digest()).hexdigest()[:16]
+        """Returns a short hash of the config and of every weight; of a stored model it reads each layer once."""
+        found = hashlib.sha256(repr(self.config).encode())
+        for part in (self.outer, *map(self.layer, range(self.config.text.layers))):
+            for leaf in jax.tree.leaves(part):
+                found.update(f"{leaf.dtype}{leaf.shape}".encode())
+                found.update(np.asarray(leaf).tobytes())
+        return found.hexdigest()[:16]
 
 
 def held(config: LlavaConfig, params: Params) -> Layered:

@@ -4,6 +4,7 @@ The hidden states that enter each layer wait in files, so that memory holds one 
 """
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,11 +12,12 @@ from tempfile import TemporaryDirectory
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file
 
 from lmmjax import llava
 from lmmjax.calibrate.layer import forward, run
 from lmmjax.calibrate.tokens import Rows
+from lmmjax.calibrate.trail import save
 from lmmjax.config import LINEARS, LlavaConfig, TextConfig
 from lmmjax.layered import Layered
 from lmmjax.layers import RMSNorm
@@ -23,15 +25,20 @@ from lmmjax.linears import kernel_of, with_kernels
 from lmmjax.llava import Params
 
 Kernels = dict[str, Float[Array, "in out"]]
+SCRATCH = "hidden-states-"
+"""Begins the names of directories of waiting files; one that a killed process left is removed by the next."""
 
 
 def sizes(model: Layered, rows: list[Rows], folder: Path) -> Iterator[tuple[int, Kernels]]:
     """Yields (layer, mean over samples of |gradient| of each linear), from the last layer to the first.
 
-    The loss is a sample's mean negative log-likelihood of its text tokens. Hidden states go to files in `folder`.
+    On disk meanwhile: all samples' hidden states before every layer, which for many long windows is far more than the
+    model. `folder` is this process's alone. The loss is a sample's mean negative log-likelihood of its text tokens.
     """
     samples = sum(int(batch.valid.any(1).sum()) for batch in rows)
-    with TemporaryDirectory(dir=folder) as name:
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left)
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as name:
         waiting = Path(name)
         slopes = [_entering(model, batch, waiting, i) for i, batch in enumerate(rows)]
         for index in reversed(range(model.config.text.layers)):
@@ -55,7 +62,7 @@ def losses(config: LlavaConfig, outer: Params, rows: Rows) -> Float[Array, "b"]:
 def _entering(model: Layered, batch: Rows, waiting: Path, number: int) -> Float[Array, "b t e"]:
     """Writes what enters each layer; returns the loss's gradient by what leaves the last."""
     for index in range(model.config.text.layers):
-        save_file({"x": batch.x}, waiting / f"{index}-{number}")
+        save(waiting / f"{index}-{number}", {"x": batch.x})
         batch = batch.replace(x=forward(model.config.text, model.layer(index), batch))
     return _slope(model.config, model.outer, batch)
 

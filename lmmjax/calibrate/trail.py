@@ -18,15 +18,18 @@ from safetensors.flax import load_file, save_file
 from lmmjax import files
 from lmmjax.calibrate.tokens import Rows
 from lmmjax.errors import InputError
+from lmmjax.versions import installed
 
 Arrays = dict[str, Array]
+FORMAT = 1
+"""Counts up when a trail of before would be misread; versions of lmmjax do not share trails either."""
 
 
 class Trail:
     """The files of one walk over so many layers. One process at a time adds to it: `alone`."""
 
     def __init__(self, root: Path, about: Mapping[str, Any], layers: int):
-        self.about, self.layers = dict(about), layers
+        self.about, self.layers = {"format": FORMAT, "version": installed("lmmjax"), **about}, layers
         name = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
         self.directory = root / name
 
@@ -47,6 +50,10 @@ class Trail:
         with files.alone(self.directory, self.directory / ".lock", flag):
             files.write_atomic(self.directory / "about.json", json.dumps(self.about, indent=1))
             yield
+
+    def __contains__(self, index: int) -> bool:
+        """Whether a layer is done."""
+        return self._layer(index).exists()
 
     def add(self, index: int, arrays: Arrays, facts: Any = None, rows: list[Rows] | None = None) -> None:
         """Keeps what is known of a layer, and the rows behind it, which replace those before."""
@@ -78,7 +85,15 @@ class Trail:
 
 def _write(path: Path, arrays: Arrays, facts: Any = None) -> None:
     with files.atomic_file(path) as temporary:
-        save_file(arrays, temporary, metadata={"facts": json.dumps(facts)})
+        save(temporary, arrays, metadata={"facts": json.dumps(facts)})
+
+
+def save(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file; raises InputError where there is no room for it."""
+    try:
+        save_file(arrays, path, metadata=metadata)
+    except SafetensorError as error:  # which the library makes of an OSError
+        raise InputError(f"--statistics: {path.parent} cannot be written to ({error})") from error
 
 
 def _read(path: Path) -> tuple[Arrays, Any]:

@@ -24,9 +24,14 @@ class Loss(NamedTuple):
 
 
 def measure(
-    layer: int, linear: str, weight: Float[Array, "in out"], pruned: Pruned, gram: Float[Array, "in in"] | None
+    layer: int, linear: str, weight: Float[Array, "in out"], pruned: Pruned | None, gram: Float[Array, "in in"] | None
 ) -> Loss:
-    """Returns a linear's figures; weights that were zero before count as dropped only if the mask says so."""
+    """Returns a linear's figures; weights that were zero before count as dropped only if the mask says so.
+
+    None in the place of what became of it: it was left alone.
+    """
+    if pruned is None:
+        return Loss(layer, linear, weight.size, 0, None if gram is None else 0.0)
     error = None if gram is None else float(_error(weight, pruned.weight, gram))
     return Loss(layer, linear, weight.size, int(weight.size - pruned.keep.sum()), error)
 
@@ -37,4 +42,6 @@ def _error(before: Float[Array, "in out"], after: Float[Array, "in out"], gram: 
         matrix = matrix.astype(jnp.float32)
         return jnp.sum(matrix * jnp.matmul(gram, matrix, precision=jax.lax.Precision.HIGHEST))
 
-    return jnp.sqrt(energy(before.astype(jnp.float32) - after.astype(jnp.float32)) / energy(before))
+    whole = energy(before)
+    lost = jnp.maximum(energy(before.astype(jnp.float32) - after.astype(jnp.float32)), 0)
+    return jnp.sqrt(lost / jnp.where(whole > 0, whole, 1))  # an output that is always zero can lose nothing

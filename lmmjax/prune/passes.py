@@ -1,5 +1,6 @@
 """Walks over a model that pruning needs, each with its trail on disk: statistics, gradients, pruning in sequence."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,9 +17,11 @@ from lmmjax.calibrate import gradients, samples, walk
 from lmmjax.calibrate.statistics import LayerStatistics, from_arrays, to_arrays
 from lmmjax.calibrate.tokens import Rows
 from lmmjax.calibrate.trail import Trail
+from lmmjax.config import LINEARS
 from lmmjax.data import Encoded
+from lmmjax.errors import InputError
 from lmmjax.layered import Layered
-from lmmjax.linears import kernel_of, with_kernels
+from lmmjax.linears import kernel_of, path_of, with_kernels
 from lmmjax.llava import Params
 from lmmjax.prune.losses import Loss, measure
 from lmmjax.prune.method import Method
@@ -29,13 +32,13 @@ FLAG = "--statistics"
 class Task(NamedTuple):
     """What is to be done: a method, the inputs to drop of each layer's linears, and whether layers see pruned ones.
 
-    `dtype` is what the checkpoint stores a linear's weights in, to which updated ones are rounded.
+    `dtypes` say what the checkpoint stores each leaf in, to which updated weights are rounded.
     """
 
     method: Method
     drops: Sequence[Mapping[str, int]]
     sequential: bool
-    dtype: Mapping[str, DTypeLike]
+    dtypes: Mapping[str, DTypeLike]
 
 
 class Done(NamedTuple):
@@ -48,13 +51,17 @@ class Done(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """Walks of one model over the same samples; `choice` of tokens as in `tokens.choose`. Trails are under `root`."""
+    """Walks of one model over the same samples; `choice` of tokens as in `tokens.choose`. Trails are under `root`.
+
+    `one_shot` says that pruning will read the dense model's statistics, so that whoever else needs them takes these.
+    """
 
     model: Layered
     sets: Sequence[Encoded]
     root: Path
     choice: str = "all"
     grams: bool = True
+    one_shot: bool = False
 
     def __post_init__(self):
         walk.check_choice(self.choice)
@@ -71,22 +78,20 @@ class Passes:
 
     def statistics(self) -> tuple[LayerStatistics, ...]:
         """Returns the dense model's statistics, without Gram matrices: all layers' would be too much to hold."""
-        trail = self.dense()
+        trail = self.dense(self.grams and self.one_shot)
         return tuple(_light(from_arrays(trail.read(index)[0])) for index in range(self.layers))
 
-    def dense(self) -> Trail:
+    def dense(self, grams: bool) -> Trail:
         """Returns the trail of the dense model's statistics, walked to its end; one with Grams serves without, too."""
         with_grams = self._trail(walk="one-shot", grams=True)
-        trail = (
-            with_grams if self.grams or with_grams.done == self.layers else self._trail(walk="one-shot", grams=False)
-        )
-        text = self.model.config.text
+        trail = with_grams if grams or with_grams.done == self.layers else self._trail(walk="one-shot", grams=False)
         if trail.done == self.layers:
             return trail
         with trail.alone(FLAG):
-            rows = trail.rows() if trail.done else self.rows()
+            rows = self._entering(trail)
             for index in self._bar(trail, "statistics of the dense model"):
-                stats = walk.look(text, self.model.layer(index), rows, self.choice, self.grams, move=True)
+                layer = self.model.layer(index)
+                stats = walk.look(self.model.config.text, layer, rows, self.choice, grams, move=True)
                 trail.add(index, to_arrays(stats), rows=rows)
         return trail
 
@@ -102,51 +107,64 @@ class Passes:
         return trail
 
     def pruned(self, task: Task) -> Iterator[Done]:
-        """Yields each layer as the task has it."""
+        """Yields each layer as the task has it; what an interrupted run of the same task has done is not done again."""
         slopes = self.gradients() if task.method.gradients else None
-        if task.sequential:
-            yield from self._in_sequence(task, slopes)
-            return
-        trail = self.dense()
-        for index in tqdm(range(self.layers), desc=f"pruning by {task.method.label}", unit="layer"):
-            stats = _sloped(from_arrays(trail.read(index)[0]), slopes, index)
-            yield self._prune(task, index, self.model.layer(index), stats)
+        dense = None if task.sequential else self.dense(self.grams)
+        trail = self._of(task)
+        with trail.alone(FLAG):
+            if dense is None:
+                self._in_sequence(task, trail, slopes)
+            else:
+                self._each(task, trail, dense, slopes)
+            for index in range(self.layers):
+                yield _done(*trail.read(index))
 
     def forget(self, task: Task) -> None:
-        """Removes what an interrupted sequential run would go on from."""
-        if task.sequential:
-            shutil.rmtree(self._sequence(task).directory, ignore_errors=True)
+        """Removes what an interrupted run would go on from, unless another process is at it."""
+        trail = self._of(task)
+        with contextlib.suppress(InputError), trail.alone(FLAG):
+            shutil.rmtree(trail.directory, ignore_errors=True)
 
-    def _in_sequence(self, task: Task, slopes: Trail | None) -> Iterator[Done]:
-        trail, text = self._sequence(task), self.model.config.text
-        with trail.alone(FLAG):
-            rows = trail.rows() if 0 < trail.done < self.layers else self.rows()
-            for index in self._bar(trail, f"pruning by {task.method.label}"):
-                layer = self.model.layer(index)
-                stats = walk.look(text, layer, rows, self.choice, self.grams, move=False)
-                done = self._prune(task, index, layer, _sloped(stats, slopes, index))
-                walk.move(text, with_kernels(layer, done.kernels), rows)
-                orders = {f"{name}.order": order for name, order in done.orders.items()}
-                trail.add(index, done.kernels | orders, [loss._asdict() for loss in done.losses], rows)
-            for index in range(self.layers):
-                arrays, facts = trail.read(index)
-                orders = {name.removesuffix(".order"): a for name, a in arrays.items() if name.endswith(".order")}
-                kernels = {name: a for name, a in arrays.items() if not name.endswith(".order")}
-                yield Done(kernels, orders, [Loss(**fact) for fact in facts])
+    def _each(self, task: Task, trail: Trail, dense: Trail, slopes: Trail | None) -> None:
+        """Prunes each layer by the dense model's statistics."""
+        left = [index for index in range(self.layers) if index not in trail]
+        bar = tqdm(left, desc=_saying(task), initial=self.layers - len(left), total=self.layers, unit="layer")
+        for index in bar:
+            stats = _sloped(from_arrays(dense.read(index)[0]), slopes, index)
+            trail.add(index, *_parts(self._prune(task, index, self.model.layer(index), stats)))
+
+    def _in_sequence(self, task: Task, trail: Trail, slopes: Trail | None) -> None:
+        """Prunes each layer by statistics taken behind the pruned layers before it."""
+        text = self.model.config.text
+        rows = self._entering(trail)
+        for index in self._bar(trail, _saying(task)):
+            layer = self.model.layer(index)
+            stats = walk.look(text, layer, rows, self.choice, self.grams, move=False)
+            done = self._prune(task, index, layer, _sloped(stats, slopes, index))
+            walk.move(text, with_kernels(layer, done.kernels), rows)
+            trail.add(index, *_parts(done), rows)
+
+    def _entering(self, trail: Trail) -> list[Rows]:
+        """Returns the rows at the first layer that is not done."""
+        if trail.done == self.layers:
+            return []
+        return trail.rows() if trail.done else self.rows()
 
     def _prune(self, task: Task, index: int, layer: Params, stats: LayerStatistics) -> Done:
         _, found = task.method.layer(layer, stats, task.drops[index], f"layer {index}")
-        rounded = {
-            name: pruned._replace(weight=pruned.weight.astype(task.dtype[name]).astype(pruned.weight.dtype))
-            for name, pruned in found.items()
-        }
-        losses = [measure(index, name, kernel_of(layer, name), p, stats[name].gram) for name, p in rounded.items()]
-        orders = {name: p.order for name, p in rounded.items() if p.order is not None}
-        return Done({name: p.weight for name, p in rounded.items()}, orders, losses)
+        for name, one in found.items():
+            stored = task.dtypes[path_of(index, name)]
+            found[name] = one._replace(weight=one.weight.astype(stored).astype(one.weight.dtype))
+        losses = [measure(index, name, kernel_of(layer, name), found.get(name), stats[name].gram) for name in LINEARS]
+        orders = {name: one.order for name, one in found.items() if one.order is not None}
+        return Done({name: one.weight for name, one in found.items()}, orders, losses)
 
-    def _sequence(self, task: Task) -> Trail:
-        drops = hashlib.sha256(json.dumps([dict(d) for d in task.drops]).encode()).hexdigest()[:16]
-        return self._trail(walk="sequential", grams=self.grams, drops=drops, **dataclasses.asdict(task.method))
+    def _of(self, task: Task) -> Trail:
+        """Returns the trail of a task's pruned layers, named by all that decides them."""
+        told = {name: str(dtype) for name, dtype in task.dtypes.items()}, [dict(drops) for drops in task.drops]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        walked = "sequential" if task.sequential else "pruned one-shot"
+        return self._trail(walk=walked, grams=self.grams, task=digest, **dataclasses.asdict(task.method))
 
     def _trail(self, **about: Any) -> Trail:
         return Trail(self.root, {**self._about, **about}, self.layers)  # pyright: ignore[reportAttributeAccessIssue]
@@ -154,6 +172,23 @@ class Passes:
     def _bar(self, trail: Trail, what: str) -> Iterator[int]:
         rest = range(trail.done, self.layers)
         return iter(tqdm(rest, desc=what, initial=trail.done, total=self.layers, unit="layer"))
+
+
+def _saying(task: Task) -> str:
+    return f"pruning by {task.method.label}"
+
+
+def _parts(done: Done) -> tuple[dict[str, Array], list[dict[str, Any]]]:
+    """Returns a layer as a trail keeps it."""
+    orders = {f"{name}.order": order for name, order in done.orders.items()}
+    return done.kernels | orders, [loss._asdict() for loss in done.losses]
+
+
+def _done(arrays: dict[str, Array], facts: list[dict[str, Any]]) -> Done:
+    """Returns the layer that `_parts` took apart."""
+    orders = {name.removesuffix(".order"): array for name, array in arrays.items() if name.endswith(".order")}
+    kernels = {name: array for name, array in arrays.items() if not name.endswith(".order")}
+    return Done(kernels, orders, [Loss(**fact) for fact in facts])
 
 
 def _sloped(stats: LayerStatistics, slopes: Trail | None, index: int) -> LayerStatistics:

@@ -35,18 +35,20 @@ def run(args: argparse.Namespace) -> int:
     runtime.prepare()
     for target in filter(None, (args.out, args.export)):
         files.refuse_existing(target)
+    if args.export is not None and args.export.resolve() == args.out.resolve():
+        raise InputError(f"--export: got {args.export}, which is OUT; expected another directory")
     method, targets = _asked(args)
     path = checkpoint.resolve(args.model)
     config = from_hf(checkpoint.read_json(path / "config.json"))
-    _refuse_pruned(path)
+    _refuse_compressed(path)
     targets.check(config.text)
     recipe = _recipe(args, config)
     passes = _passes(args, path, config, recipe, method)
     dtypes = _dtypes(path)
-    task = Task(method, targets.drops(passes), not args.one_shot, {name: dtypes[path_of(0, name)] for name in LINEARS})
+    task = Task(method, targets.drops(passes, args.seed), not args.one_shot, dtypes)
     losses = _write(args, path, passes, task, recipe)
-    print(f"{report.text(losses)}\n\nwritten: {args.out}")
     passes.forget(task)
+    print(f"{report.text(losses)}\n\nwritten: {args.out}")
     return _export(args)
 
 
@@ -60,10 +62,9 @@ def _asked(args: argparse.Namespace) -> tuple[Method, Targets]:
     return Method(args.method, update, pattern, args.permute), Targets(args.sparsity, pattern, plan, args.allocation)
 
 
-def _refuse_pruned(path: Path) -> None:
-    plan = checkpoint.stored_plan(path)
-    if plan is not None and plan.prunes:
-        raise InputError(f"--model: {path} is pruned already; give the dense checkpoint it was made from")
+def _refuse_compressed(path: Path) -> None:
+    if checkpoint.stored_plan(path) is not None:
+        raise InputError(f"--model: {path} is compressed already; give the dense checkpoint it was made from")
 
 
 def _recipe(args: argparse.Namespace, config: LlavaConfig) -> Recipe:
@@ -78,7 +79,9 @@ def _recipe(args: argparse.Namespace, config: LlavaConfig) -> Recipe:
 def _passes(args: argparse.Namespace, path: Path, config: LlavaConfig, recipe: Recipe, method: Method) -> Passes:
     sets = samples.encode(Processor.load(path, config), recipe)
     grams = method.grams or not args.light
-    return Passes(layered.stored(path, config), sets, args.statistics, choice=args.tokens, grams=grams)
+    return Passes(
+        layered.stored(path, config), sets, args.statistics, choice=args.tokens, grams=grams, one_shot=args.one_shot
+    )
 
 
 def _dtypes(path: Path) -> dict[str, np.dtype]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lmmjax.prune.passes import Passes
 
 Drops = list[dict[str, int]]
+MOST = 64
+"""The largest M of a pattern: each of a group is compared with all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +51,27 @@ class Targets:
                         f"--pattern: got {n}:{m}, but {name} has {inputs} inputs; expected M to divide them"
                     )
 
-    def drops(self, passes: "Passes") -> Drops:
-        """Returns the inputs to drop of each output, layer by layer; an allocation looks at the model for it."""
+    def drops(self, passes: "Passes", seed: int = 0) -> Drops:
+        """Returns the inputs to drop of each output, layer by layer; an allocation looks at the model for it.
+
+        Raises:
+            InputError: nothing would be dropped.
+        """
+        found = self._counts(passes, seed)
+        if not any(count for row in found for count in row.values()):
+            raise InputError("--sparsity, --plan: not one input of any linear would be dropped; ask for more")
+        return found
+
+    def _counts(self, passes: "Passes", seed: int) -> Drops:
         text = passes.model.config.text
         if self.plan is not None:
             return [dict(layer.drop) for layer in self.plan.layers]
         if self.pattern is not None:
             n, m = self.pattern
             return [{name: text.linear_shape(name)[0] // m * (m - n) for name in LINEARS}] * text.layers
-        return [_named(row) for row in self._allocated(passes)]
+        return [_named(row) for row in self._allocated(passes, seed)]
 
-    def _allocated(self, passes: "Passes") -> Int[np.ndarray, "l 7"]:
+    def _allocated(self, passes: "Passes", seed: int) -> Int[np.ndarray, "l 7"]:
         assert self.sparsity is not None
         chosen, model = ALLOCATIONS[self.allocation], passes.model
         evidence = Evidence(
@@ -68,6 +80,7 @@ class Targets:
             model.layer,
             passes.statistics() if chosen.needs_statistics else (),
             Loss(model, passes.rows()) if chosen.needs_loss else None,
+            seed,
         )
         return allocate(self.allocation, evidence)
 
@@ -81,8 +94,8 @@ def parse_pattern(given: str | None) -> Pattern | None:
     if given is None:
         return None
     parts = given.split(":")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) < int(parts[1]):
-        raise InputError(f"--pattern: got {given!r}, expected N:M with 0 < N < M, such as 2:4")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) < int(parts[1]) <= MOST:
+        raise InputError(f"--pattern: got {given!r}, expected N:M with 0 < N < M <= {MOST}, such as 2:4")
     return int(parts[0]), int(parts[1])
 
 

@@ -13,7 +13,7 @@ from lmmjax.prune.allocations.evidence import SUBLAYERS, Evidence, over_linears,
 from lmmjax.prune.allocations.shares import proportional
 
 
-def ecoflap(evidence: Evidence, seed: int = 0, eps: float = 1e-3, slack: float = 0.1) -> Float[np.ndarray, "l 7"]:
+def ecoflap(evidence: Evidence, eps: float = 1e-3, slack: float = 0.1) -> Float[np.ndarray, "l 7"]:
     """Returns sparsities that leave each layer weights in proportion to its sensitivity, at most target + slack.
 
     Every layer keeps 1 - target - slack, and what is left of the budget is dealt out in proportion.
@@ -23,7 +23,7 @@ def ecoflap(evidence: Evidence, seed: int = 0, eps: float = 1e-3, slack: float =
     samples: two losses a layer instead of fourteen.
     """
     assert evidence.loss is not None, "`wish` says what is missing"
-    keys = jax.random.split(jax.random.key(seed), evidence.text.layers)
+    keys = jax.random.split(jax.random.key(evidence.seed), evidence.text.layers)
     layers = enumerate(zip(evidence.layers(), keys, strict=True))
     importance = np.array([sensitivity(evidence.loss, i, layer, key, eps) for i, (layer, key) in layers])
     require_numbers("ecoflap", "loss", importance)

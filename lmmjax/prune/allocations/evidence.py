@@ -19,7 +19,8 @@ class Evidence:
     """The dense model as allocations see it; they read only what they need.
 
     `layer` gives a decoder layer's params and may load them: rules ask once for each, in order, and keep none.
-    `loss` is the mean loss with one layer's params replaced, over whatever samples the caller chose.
+    `loss` is the mean loss with one layer's params replaced, over whatever samples the caller chose; `seed` is that of
+    what a rule draws.
     """
 
     text: TextConfig
@@ -27,6 +28,7 @@ class Evidence:
     layer: Callable[[int], Params]
     statistics: Sequence[LayerStatistics] = ()
     loss: Callable[[int, Params], float] | None = None
+    seed: int = 0
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:

@@ -137,6 +137,53 @@ def test_a_plan_says_how_much_goes(prune, tmp_path):
         np.testing.assert_array_equal(kernel, kernels(tmp_path / "two")[key])
 
 
+def test_what_a_plan_leaves_alone_counts_as_kept(prune, checkpoint, tmp_path, capsys):
+    from lmmjax.config import from_hf
+    from lmmjax.plan import LayerPlan, Plan
+
+    text = from_hf(checkpoints.read_json(checkpoint / "config.json")).text
+    half = LayerPlan(drop={name: text.linear_shape(name)[0] // 2 for name in LINEARS})
+    (tmp_path / "plan.json").write_text(Plan((half, LayerPlan())).to_json())
+    (tmp_path / "none.json").write_text(Plan((LayerPlan(), LayerPlan())).to_json())
+    assert prune("out", "--light", sparsity=("--plan", str(tmp_path / "plan.json"))) == 0
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity"] == pytest.approx(0.25)
+    capsys.readouterr()
+    assert prune("none", sparsity=("--plan", str(tmp_path / "none.json"))) == 2
+    assert "not one input of any linear would be dropped" in capsys.readouterr().err
+
+
+def test_statistics_belong_to_the_weights_and_the_config(checkpoint):
+    import dataclasses
+
+    from lmmjax.layered import held
+
+    stored = checkpoints.load(checkpoint)
+    one = held(stored.config, stored.params)
+    turned = dataclasses.replace(stored.config, text=dataclasses.replace(stored.config.text, rope_theta=5e5))
+    moved = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1), stored.params)
+    digests = {one.digest(), held(turned, stored.params).digest(), held(stored.config, moved).digest()}
+    assert len(digests) == 3
+    assert one.digest() == held(stored.config, dict(stored.params)).digest()
+
+
+def test_an_interrupted_one_shot_run_goes_on(prune, tmp_path, monkeypatch):
+    assert prune("whole", "--method", "admm", "--one-shot") == 0
+    pruned, prune_one = [], passes.Passes._prune
+
+    def second_fails(self, task, index, *rest):
+        pruned.append(index)
+        if len(pruned) == 2:
+            raise KeyboardInterrupt
+        return prune_one(self, task, index, *rest)
+
+    monkeypatch.setattr(passes.Passes, "_prune", second_fails)
+    assert prune("again", "--method", "admm", "--one-shot") == 130
+    assert prune("again", "--method", "admm", "--one-shot") == 0
+    assert pruned == [0, 1, 1]
+    for key, kernel in kernels(tmp_path / "whole").items():
+        np.testing.assert_array_equal(kernel, kernels(tmp_path / "again")[key])
+
+
 def test_gradients_text_and_patterns(prune, tmp_path):
     samples = ("--data", "questions.jsonl", "--samples", "3", "--text", "text.txt", "--windows", "3", "--length", "24")
     words = ("--method", "pruner-zero", "--tokens", "drift", "--permute")
@@ -162,6 +209,7 @@ def test_the_export_is_what_was_pruned(prune, tmp_path):
         (("--sparsity", "0.5", "--pattern", "2:4"), "expected exactly one of them"),
         (("--pattern", "4:2"), "--pattern: got '4:2'"),
         (("--pattern", "3:5"), "but q has 32 inputs"),
+        (("--pattern", "2:128"), "--pattern: got '2:128'"),
         (("--pattern", "2:4", "--allocation", "owl"), "--allocation: got owl without --sparsity"),
         (("--sparsity", "0.5", "--samples", "0"), "--samples: got 0"),
         (("--sparsity", "0.5", "--text", "text.txt", "--length", "4096"), "--length: got 4096, expected 2 to"),
@@ -183,5 +231,5 @@ def test_what_exists_is_not_overwritten_and_what_is_pruned_not_pruned_again(prun
     assert "exists" in capsys.readouterr().err
     words = ["--model", str(tmp_path / "out"), "--sparsity", "0.5", str(tmp_path / "twice")]
     assert command.main(words) == 2
-    assert "is pruned already" in capsys.readouterr().err
+    assert "is compressed already" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")

@@ -67,6 +67,14 @@ def test_errors_are_those_of_the_outputs(layer, stats):
     assert measure(0, "up", kernel_of(layer, "up"), found["up"], None).error is None
 
 
+def test_a_linear_that_is_always_zero_loses_nothing(stats):
+    zero = np.zeros(CONFIG.text.linear_shape("o"), np.float32)
+    pruned = Method("wanda").linear(zero, stats["o"], 4)
+    assert measure(0, "o", zero, pruned, stats["o"].gram).error == 0
+    alone = measure(0, "o", zero, None, stats["o"].gram)
+    assert (alone.sparsity, alone.error) == (0, 0)
+
+
 @pytest.mark.parametrize("method", [Method("lognorm", pattern=(2, 4)), Method("sparsegpt", pattern=(2, 4))])
 def test_a_pattern_takes_the_place_of_counts(layer, stats, method):
     _, found = method.layer(layer, stats, dict.fromkeys(LINEARS, 0), "layer 0")

@@ -31,7 +31,8 @@ def _updates(cells: Sequence[Row]) -> str:
     for level in tables.sparsities(uniform):
         of = [row for row in uniform if row["level"] == level]
         scores = [name for name in dict.fromkeys(row["score"] for row in of) if name not in UPDATES]
-        for name in (*scores, None):
+        chosen_by_itself = [None] if any(row["score"] in UPDATES for row in of) else []
+        for name in (*scores, *chosen_by_itself):
             lines.append([tables.share(level), name or "own mask", *_line(of, name, columns)])
     return tables.table(head, lines)
 

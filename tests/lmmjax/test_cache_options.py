@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import CONFIG, encoded
+from small import CONFIG as TWO_LAYERS
+from small import encoded
 
 from lmmjax import llava
 from lmmjax.cache import Cache, cache_bytes, empty_cache, empty_search_cache
@@ -17,6 +18,8 @@ from lmmjax.plan import CacheFormat, LayerPlan, Plan, uniform
 pytestmark = pytest.mark.slow
 
 FORM = CacheFormat(group=4, dtype="float32")
+# One layer, for each is traced and compiled in every format anew; that layers differ is test_cache.py's matter.
+CONFIG = dataclasses.replace(TWO_LAYERS, text=dataclasses.replace(TWO_LAYERS.text, layers=1))
 LENGTHS = jnp.asarray([16, 11])
 APART = {"visual_key_bits": 2, "visual_value_bits": 6}
 OPTIONS = {
@@ -49,10 +52,9 @@ STRUCTURES = ("plain", "sinks", "before RoPE", "keys by token", "image tokens ap
 """Those whose stores differ in more than their codes."""
 
 
-def plan_of(name: str, first: tuple[int, int] = (4, 3), second: tuple[int, int] = (3, 2)) -> Plan:
+def plan_of(name: str, bits: tuple[int, int] = (4, 3)) -> Plan:
     form, apart = OPTIONS[name]
-    layers = (LayerPlan(*first, **apart), LayerPlan(*second, **apart))
-    return Plan(layers, cache=dataclasses.replace(FORM, **form)).check(CONFIG.text)
+    return Plan((LayerPlan(*bits, **apart),), cache=dataclasses.replace(FORM, **form)).check(CONFIG.text)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_predicted_bytes_are_the_buffers_bytes(name):
 def test_every_option_does_something_and_wide_codes_do_little(name, params, prompt):
     """At 8 bits all formats are near the dense model; at 2 to 4 bits each has an error of its own."""
     dense, _ = feed(params, empty_cache(CONFIG.text, uniform(CONFIG.text, cache=FORM), 2, 16), prompt, [16])
-    wide = plan_of(name, (8, 8), (8, 8))
+    wide = plan_of(name, (8, 8))
     wide = dataclasses.replace(
         wide,
         layers=tuple(dataclasses.replace(x, visual_key_bits=None, visual_value_bits=None) for x in wide.layers),
@@ -179,7 +181,7 @@ def test_beams_are_rows_of_the_cache(name, params, prompt):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_a_cropped_cache_goes_on(name, params, prompt):
     """Cut back to a beginning and fed the rest again, it ends near where it would have: rounded tokens stay so."""
-    cache = empty_cache(CONFIG.text, plan_of(name, (8, 8), (8, 8)), 2, 24, images=4)
+    cache = empty_cache(CONFIG.text, plan_of(name, (8, 8)), 2, 24, images=4)
     whole, cache = feed(params, cache, prompt, [16])
     kept = jnp.asarray([13, 7])
     cropped = cache.crop(kept)

@@ -22,14 +22,29 @@ def params():
 def whole_loss(params, samples, row):
     """A sample's mean negative log-likelihood of its text, by the model's own forward pass on it alone."""
     length = int(samples.lengths[row])
-    tokens = jnp.asarray(samples.tokens[row : row + 1, :length])
-    states = llava.embed(CONFIG, params, tokens, llava.encode_images(CONFIG, params, samples.pixels[row : row + 1]))
+    return _loss(
+        params, jnp.asarray(samples.tokens[row : row + 1, :length]), jnp.asarray(samples.pixels[row : row + 1])
+    )
+
+
+def slopes(params, samples, row):
+    length = int(samples.lengths[row])
+    return _slopes(params, jnp.asarray(samples.tokens[row : row + 1, :length]), samples.pixels[row : row + 1])
+
+
+@jax.jit
+def _loss(params, tokens, pixels):
+    length = tokens.shape[1]
+    states = llava.embed(CONFIG, params, tokens, llava.encode_images(CONFIG, params, pixels))
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     states = llava.forward(CONFIG, params, states, jnp.arange(length)[None], mask)
     logits = jax.nn.log_softmax(llava.logits(CONFIG, params, states))[0, :-1]
     text = tokens[0, 1:] != CONFIG.image_token
     nll = -jnp.take_along_axis(logits, tokens[0, 1:, None], axis=-1)[:, 0]
     return jnp.where(text, nll, 0).sum() / text.sum()
+
+
+_slopes = jax.jit(jax.grad(_loss))
 
 
 def test_sizes_are_the_means_of_every_samples_gradient(params, tmp_path, monkeypatch):
@@ -39,9 +54,9 @@ def test_sizes_are_the_means_of_every_samples_gradient(params, tmp_path, monkeyp
     found = dict(gradients.sizes(model, walk.embedded(CONFIG, model.outer, samples), tmp_path))
     assert list(found) == [1, 0]
     assert not list(tmp_path.iterdir())
-    slopes = [jax.grad(whole_loss)(params, samples, row) for row in range(3)]
+    each = [slopes(params, samples, row) for row in range(3)]
     for index, name in ((index, name) for index in found for name in LINEARS):
-        mean = sum(abs(kernel_of(slope["text"][f"layers_{index}"], name)) for slope in slopes) / 3
+        mean = sum(abs(kernel_of(slope["text"][f"layers_{index}"], name)) for slope in each) / 3
         np.testing.assert_allclose(found[index][name], mean, rtol=2e-3, atol=1e-6, err_msg=name)
 
 

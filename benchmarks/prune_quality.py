@@ -33,7 +33,7 @@ from lmmjax.data import EASY_VQA, Encoded
 from lmmjax.errors import exit_code
 from lmmjax.files import write_atomic
 from lmmjax.layered import held
-from lmmjax.linears import kernel_of
+from lmmjax.linears import kernels_of, named
 from lmmjax.llava import Params
 from lmmjax.prompt import Processor
 from lmmjax.prune.allocations import Evidence, allocate
@@ -103,10 +103,7 @@ class Contest:
         rows = walk.embedded(model.config, whole.outer, sets)
         with tempfile.TemporaryDirectory() as folder:
             slopes = dict(gradients.sizes(whole, rows, Path(folder)))
-        return tuple(
-            one.replace(linears={name: of.replace(gradient=slopes[i][name]) for name, of in one.linears.items()})
-            for i, one in enumerate(stats)
-        )
+        return tuple(one.with_gradients(slopes[i]) for i, one in enumerate(stats))
 
     def _samples(self, seed: int) -> list[Encoded]:
         args = self._args
@@ -121,9 +118,7 @@ class Contest:
         whole = held(self._model.config, self._model.params)
         loss = Loss(whole, self._few(cell.seed)) if cell.allocation == "ecoflap" else None
         evidence = Evidence(text, float(cell.level), whole.layer, self._statistics(cell.seed), loss, cell.seed)
-        return [
-            {name: int(n) for name, n in zip(LINEARS, row, strict=True)} for row in allocate(cell.allocation, evidence)
-        ]
+        return [named(row) for row in allocate(cell.allocation, evidence)]
 
     def _few(self, seed: int):
         (questions,) = data.disjoint(data.load(EASY_VQA, "train"), [LOSS_SAMPLES], seed)
@@ -133,7 +128,7 @@ class Contest:
 
 def _sparsity(layers: int, params: Params) -> float:
     """Returns the share of zeros among the prunable weights."""
-    kernels = [kernel_of(params["text"][f"layers_{i}"], name) for i in range(layers) for name in LINEARS]
+    kernels = [kernel for i in range(layers) for kernel in kernels_of(params["text"][f"layers_{i}"]).values()]
     return 1 - sum(int((kernel != 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
 

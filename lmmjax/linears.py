@@ -1,17 +1,29 @@
 """The seven prunable kernels of a decoder layer in its tree of parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jaxtyping import Array, Float
 
+from lmmjax.config import LINEARS
 from lmmjax.llava import Params
 
-_ATTENTION = ("q", "k", "v", "o")
+SUBLAYERS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+"""The linears of each part of a layer's tree; one after the other in the order of LINEARS."""
+
+
+def named(row: Iterable[int]) -> dict[str, int]:
+    """Returns a row of a per-linear table as plain numbers by name."""
+    return {name: int(number) for name, number in zip(LINEARS, row, strict=True)}
 
 
 def kernel_of(layer: Params, linear: str) -> Float[Array, "in out"]:
     """Returns a linear's weights."""
     return layer[_part(linear)][linear]["kernel"]
+
+
+def kernels_of(layer: Params) -> dict[str, Float[Array, "in out"]]:
+    """Returns all seven linears' weights by name, in the order of LINEARS."""
+    return {name: kernel_of(layer, name) for name in LINEARS}
 
 
 def with_kernels(layer: Params, kernels: Mapping[str, Float[Array, "in out"]]) -> Params:
@@ -22,10 +34,10 @@ def with_kernels(layer: Params, kernels: Mapping[str, Float[Array, "in out"]]) -
     return layer
 
 
-def _part(linear: str) -> str:
-    return "attn" if linear in _ATTENTION else "mlp"
-
-
 def path_of(index: int, linear: str) -> str:
     """Returns the dotted name of a linear's weights among all parameters."""
     return f"text.layers_{index}.{_part(linear)}.{linear}.kernel"
+
+
+def _part(linear: str) -> str:
+    return next(part for part, names in SUBLAYERS.items() if linear in names)

@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution
 
 from lmmjax.config import LINEARS
 from lmmjax.errors import InputError
+from lmmjax.linears import named
 from lmmjax.plan import LayerPlan, Plan
 from lmmjax.prune.budget import WeightBudget
 from search.cache_budget import CacheBudget
@@ -28,10 +29,7 @@ class Candidate(NamedTuple):
 
     def plan(self, **settings: Any) -> Plan:
         """Returns the Plan of this allocation; `settings` are the Plan's other fields."""
-        layers = (
-            LayerPlan(int(keys), int(values), {name: int(n) for name, n in zip(LINEARS, drops, strict=True)})
-            for drops, keys, values in zip(*self, strict=True)
-        )
+        layers = (LayerPlan(int(keys), int(values), named(drops)) for drops, keys, values in zip(*self, strict=True))
         return Plan(tuple(layers), **settings)
 
 

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from safetensors.flax import load_file
 
-from lmmjax import llava
 from lmmjax.calibrate.layer import forward, run
+from lmmjax.calibrate.loss import losses
 from lmmjax.calibrate.tokens import Rows
 from lmmjax.calibrate.trail import save
-from lmmjax.config import LINEARS, LlavaConfig, TextConfig
+from lmmjax.config import LlavaConfig, TextConfig
 from lmmjax.layered import Layered
-from lmmjax.layers import RMSNorm
-from lmmjax.linears import kernel_of, with_kernels
+from lmmjax.linears import kernels_of, with_kernels
 from lmmjax.llava import Params
 
 Kernels = dict[str, Float[Array, "in out"]]
@@ -50,15 +49,6 @@ def sizes(model: Layered, rows: list[Rows], folder: Path) -> Iterator[tuple[int,
             yield index, jax.tree.map(lambda value: value / samples, total)
 
 
-def losses(config: LlavaConfig, outer: Params, rows: Rows) -> Float[Array, "b"]:
-    """Returns each row's mean negative log-likelihood of its text, from the last layer's output; 0 without text."""
-    states = jnp.asarray(RMSNorm(config.text.eps).apply({"params": outer["text"]["norm"]}, rows.x))
-    log_probs = jax.nn.log_softmax(llava.logits(config, outer, states[:, :-1]))
-    nll = -jnp.take_along_axis(log_probs, rows.tokens[:, 1:, None], axis=-1, mode="clip")[..., 0]
-    counted = (rows.valid & ~rows.visual)[:, 1:]
-    return jnp.where(counted, nll, 0).sum(1) / jnp.maximum(counted.sum(1), 1)
-
-
 def _entering(model: Layered, batch: Rows, waiting: Path, number: int) -> Float[Array, "b t e"]:
     """Writes what enters each layer; returns the loss's gradient by what leaves the last."""
     for index in range(model.config.text.layers):
@@ -81,7 +71,7 @@ def _back(
     text: TextConfig, layer: Params, rows: Rows, slope: Float[Array, "b t e"]
 ) -> tuple[Kernels, Float[Array, "b t e"]]:
     """Returns the sums of |gradient|, and the gradient by what enters the layer."""
-    kernels = {name: kernel_of(layer, name) for name in LINEARS}
+    kernels = kernels_of(layer)
 
     def one(sums: Kernels, sample: tuple[Rows, Array]) -> tuple[Kernels, Float[Array, "t e"]]:
         row, slope = jax.tree.map(lambda leaf: leaf[None], sample)

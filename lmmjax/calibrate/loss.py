@@ -1,13 +1,26 @@
 """The model's loss on samples with one layer replaced, for layers asked for in order: what is before them is kept."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from lmmjax import llava
 from lmmjax.calibrate import walk
-from lmmjax.calibrate.gradients import losses
 from lmmjax.calibrate.tokens import Rows
+from lmmjax.config import LlavaConfig
 from lmmjax.layered import Layered
+from lmmjax.layers import RMSNorm
 from lmmjax.llava import Params
+
+
+def losses(config: LlavaConfig, outer: Params, rows: Rows) -> Float[Array, "b"]:
+    """Returns each row's mean negative log-likelihood of its text, from the last layer's output; 0 without text."""
+    states = jnp.asarray(RMSNorm(config.text.eps).apply({"params": outer["text"]["norm"]}, rows.x))
+    log_probs = jax.nn.log_softmax(llava.logits(config, outer, states[:, :-1]))
+    nll = -jnp.take_along_axis(log_probs, rows.tokens[:, 1:, None], axis=-1, mode="clip")[..., 0]
+    counted = (rows.valid & ~rows.visual)[:, 1:]
+    return jnp.where(counted, nll, 0).sum(1) / jnp.maximum(counted.sum(1), 1)
 
 
 class Loss:

@@ -1,5 +1,6 @@
 """What calibration finds out about a decoder layer: the inputs of its linears, and how it changes the stream."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -41,6 +42,14 @@ class LayerStatistics(struct.PyTreeNode):
 
     def __getitem__(self, linear: str) -> LinearStatistics:
         return self.linears[linear]
+
+    def with_gradients(self, sizes: Mapping[str, Float[Array, "in out"]]) -> "LayerStatistics":
+        """Returns the statistics with each linear's gradients."""
+        return self.replace(linears={name: one.replace(gradient=sizes[name]) for name, one in self.linears.items()})
+
+    def without_grams(self) -> "LayerStatistics":
+        """Returns the statistics without what takes most memory."""
+        return self.replace(linears={name: one.replace(gram=None) for name, one in self.linears.items()})
 
 
 SHARED = {"q": ("q", "k", "v"), "o": ("o",), "gate": ("gate", "up"), "down": ("down",)}

@@ -79,7 +79,7 @@ class Passes:
     def statistics(self) -> tuple[LayerStatistics, ...]:
         """Returns the dense model's statistics, without Gram matrices: all layers' would be too much to hold."""
         trail = self.dense(self.grams and self.one_shot)
-        return tuple(_light(from_arrays(trail.read(index)[0])) for index in range(self.layers))
+        return tuple(from_arrays(trail.read(index)[0]).without_grams() for index in range(self.layers))
 
     def dense(self, grams: bool) -> Trail:
         """Returns the trail of the dense model's statistics, walked to its end; one with Grams serves without, too."""
@@ -193,11 +193,4 @@ def _done(arrays: dict[str, Array], facts: list[dict[str, Any]]) -> Done:
 
 def _sloped(stats: LayerStatistics, slopes: Trail | None, index: int) -> LayerStatistics:
     """Returns the statistics with the gradients of a trail, if there is one."""
-    if slopes is None:
-        return stats
-    arrays, _ = slopes.read(index)
-    return stats.replace(linears={name: one.replace(gradient=arrays[name]) for name, one in stats.linears.items()})
-
-
-def _light(stats: LayerStatistics) -> LayerStatistics:
-    return stats.replace(linears={name: one.replace(gram=None) for name, one in stats.linears.items()})
+    return stats if slopes is None else stats.with_gradients(slopes.read(index)[0])

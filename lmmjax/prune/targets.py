@@ -9,6 +9,7 @@ from jaxtyping import Int
 from lmmjax.calibrate.loss import Loss
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
+from lmmjax.linears import named
 from lmmjax.plan import Plan
 from lmmjax.prune.allocations import ALLOCATIONS, Evidence, allocate
 from lmmjax.prune.method import Pattern
@@ -69,7 +70,7 @@ class Targets:
         if self.pattern is not None:
             n, m = self.pattern
             return [{name: text.linear_shape(name)[0] // m * (m - n) for name in LINEARS}] * text.layers
-        return [_named(row) for row in self._allocated(passes, seed)]
+        return [named(row) for row in self._allocated(passes, seed)]
 
     def _allocated(self, passes: "Passes", seed: int) -> Int[np.ndarray, "l 7"]:
         assert self.sparsity is not None
@@ -97,7 +98,3 @@ def parse_pattern(given: str | None) -> Pattern | None:
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) < int(parts[1]) <= MOST:
         raise InputError(f"--pattern: got {given!r}, expected N:M with 0 < N < M <= {MOST}, such as 2:4")
     return int(parts[0]), int(parts[1])
-
-
-def _named(row: Int[np.ndarray, "7"]) -> dict[str, int]:
-    return {name: int(count) for name, count in zip(LINEARS, row, strict=True)}

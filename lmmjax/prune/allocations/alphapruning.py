@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lmmjax.errors import InputError
+from lmmjax.linears import kernels_of
 from lmmjax.llava import Params
-from lmmjax.prune.allocations.evidence import Evidence, kernels, over_linears
+from lmmjax.prune.allocations.evidence import Evidence, over_linears
 from lmmjax.prune.allocations.shares import unit_range
 
 _ROUNDING = 1e-6
@@ -34,7 +35,7 @@ def layer_alpha(index: int, layer: Params) -> float:
     Raises:
         InputError: a linear's spectrum has no tail: most of it is zero, or all above the median is one value.
     """
-    alphas = {name: hill_alpha(np.asarray(spectrum(weight))) for name, weight in kernels(layer).items()}
+    alphas = {name: hill_alpha(np.asarray(spectrum(weight))) for name, weight in kernels_of(layer).items()}
     if bad := [name for name, alpha in alphas.items() if not np.isfinite(alpha)]:
         raise InputError(
             f"allocation alphapruning: got no tail of eigenvalues in layer {index}'s {', '.join(bad)}, expected"

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmjax.prune.allocations.evidence import Evidence, over_linears, require_numbers
-from lmmjax.prune.allocations.shares import proportional
+from lmmjax.prune.allocations.shares import capped
 
 
 def das(evidence: Evidence, slack: float = 0.1) -> Float[np.ndarray, "l 7"]:
@@ -22,4 +22,4 @@ def das(evidence: Evidence, slack: float = 0.1) -> Float[np.ndarray, "l 7"]:
     present = np.isfinite(spreads)
     diversity = np.where(present, spreads, 0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
     require_numbers("das", "spread of tokens", np.where(present.any(axis=0), diversity, np.nan))
-    return over_linears(1 - proportional(np.abs(diversity), evidence.keep, 1 - min(1, evidence.sparsity + slack)))
+    return over_linears(capped(np.abs(diversity), evidence.sparsity, slack))

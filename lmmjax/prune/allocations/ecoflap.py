@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lmmjax.config import LINEARS
+from lmmjax.linears import kernels_of, with_kernels
 from lmmjax.llava import Params
-from lmmjax.prune.allocations.evidence import SUBLAYERS, Evidence, over_linears, require_numbers
-from lmmjax.prune.allocations.shares import proportional
+from lmmjax.prune.allocations.evidence import Evidence, over_linears, require_numbers
+from lmmjax.prune.allocations.shares import capped
 
 
 def ecoflap(evidence: Evidence, eps: float = 1e-3, slack: float = 0.1) -> Float[np.ndarray, "l 7"]:
@@ -27,7 +27,7 @@ def ecoflap(evidence: Evidence, eps: float = 1e-3, slack: float = 0.1) -> Float[
     layers = enumerate(zip(evidence.layers(), keys, strict=True))
     importance = np.array([sensitivity(evidence.loss, i, layer, key, eps) for i, (layer, key) in layers])
     require_numbers("ecoflap", "loss", importance)
-    return over_linears(1 - proportional(importance, evidence.keep, 1 - min(1, evidence.sparsity + slack)))
+    return over_linears(capped(importance, evidence.sparsity, slack))
 
 
 def sensitivity(loss: Callable[[int, Params], float], index: int, layer: Params, key: Array, eps: float) -> float:
@@ -39,12 +39,8 @@ def sensitivity(loss: Callable[[int, Params], float], index: int, layer: Params,
 
 def perturbed(layer: Params, key: Array, eps: float) -> Params:
     """Returns the layer with eps z added to its seven linears; z follows from the key, so it is never kept."""
-    for part, names in SUBLAYERS.items():
-        for name in names:
-            own = jax.random.fold_in(key, LINEARS.index(name))
-            moved = {"kernel": _moved(layer[part][name]["kernel"], own, eps)}
-            layer = layer | {part: layer[part] | {name: layer[part][name] | moved}}
-    return layer
+    kernels = enumerate(kernels_of(layer).items())
+    return with_kernels(layer, {name: _moved(kernel, jax.random.fold_in(key, i), eps) for i, (name, kernel) in kernels})
 
 
 @jax.jit

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from lmmjax.calibrate.statistics import LayerStatistics
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 from lmmjax.llava import Params
-
-SUBLAYERS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +43,6 @@ class Evidence:
     def trait(self, name: str) -> Float[np.ndarray, "l"]:
         """Returns one of the layers' traits, a number a layer; NaN where there were no such tokens."""
         return np.array([float(getattr(stats.traits, name)) for stats in self.statistics])
-
-
-def kernels(layer: Params) -> dict[str, Float[Array, "in out"]]:
-    """Returns a layer's seven prunable weights by name, in the order of LINEARS."""
-    return {name: layer[part][name]["kernel"] for part, names in SUBLAYERS.items() for name in names}
 
 
 def over_linears(values: Float[np.ndarray, "l"]) -> Float[np.ndarray, "l 7"]:

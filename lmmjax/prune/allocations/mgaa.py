@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmjax.config import LINEARS
-from lmmjax.prune.allocations.evidence import SUBLAYERS, Evidence, require_numbers
+from lmmjax.linears import SUBLAYERS
+from lmmjax.prune.allocations.evidence import Evidence, require_numbers
 
 
 def mgaa(evidence: Evidence, temperature: float = 1.0) -> Float[np.ndarray, "l 7"]:

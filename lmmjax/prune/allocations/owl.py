@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lmmjax.calibrate.statistics import LayerStatistics, LinearStatistics
+from lmmjax.linears import kernels_of
 from lmmjax.llava import Params
-from lmmjax.prune.allocations.evidence import Evidence, kernels, over_linears
+from lmmjax.prune.allocations.evidence import Evidence, over_linears
 from lmmjax.prune.allocations.shares import unit_range
 from lmmjax.prune.scores import wanda
 
@@ -31,7 +32,7 @@ def outliers(layer: Params, stats: LayerStatistics, m: float) -> float:
     One mean over the scores of all seven linears, as in the published code, and not one a linear: scores are not made
     comparable first, so the linears with the largest inputs give most outliers.
     """
-    weights = kernels(layer)
+    weights = kernels_of(layer)
     size = sum(weight.size for weight in weights.values())
     sums = (np.asarray(_sums(weight, stats[name].x_sq)) for name, weight in weights.items())
     limit = jnp.float32(m * sum(part.sum(dtype=np.float64) for part in sums) / size)

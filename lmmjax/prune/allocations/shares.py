@@ -15,6 +15,11 @@ def unit_range(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     return (values - low) / (high - low)
 
 
+def capped(importance: Float[np.ndarray, "n"], sparsity: float, slack: float) -> Float[np.ndarray, "n"]:
+    """Returns sparsities of this mean that leave weights in proportion to importance, at most sparsity + slack."""
+    return 1 - proportional(importance, 1 - sparsity, 1 - min(1, sparsity + slack))
+
+
 def proportional(importance: Float[np.ndarray, "n"], mean: float, floor: float) -> Float[np.ndarray, "n"]:
     """Returns shares of the given mean in proportion to importances >= 0, above a floor that all get first.
 

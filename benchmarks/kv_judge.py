@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lmmjax import likelihood, llava
+from lmmjax.attention import causal
 from lmmjax.cache import empty_cache, empty_search_cache
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LlavaConfig
@@ -134,8 +135,7 @@ def _predict_plainly(config: LlavaConfig, params: Params, batch: Batch) -> LogPr
     """Returns the predictions of whole sequences, each token among those before it."""
     size, length = batch.x.shape[:2]
     positions = jnp.broadcast_to(jnp.arange(length), (size, length))
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (size, length, length))
-    states = llava.forward(config, params, batch.x, positions, causal)
+    states = llava.forward(config, params, batch.x, positions, causal(size, length))
     return likelihood.predictions(config, params, states, batch)
 
 

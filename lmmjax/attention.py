@@ -1,6 +1,7 @@
 """What one layer's attention does with new queries, keys and values: over a cache, or among themselves."""
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -81,6 +82,11 @@ class PlainAttention(struct.PyTreeNode):
 
 
 Attend = CachedAttention | PlainAttention
+
+
+def causal(b: int, t: int) -> Bool[Array, "b t t"]:
+    """Returns the mask of b sequences whose tokens each see themselves and those before."""
+    return jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
 
 
 def _hadamard(x: Float[Array, "b h t d"]) -> Float[Array, "b h t d"]:

@@ -89,7 +89,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
         InputError: not a checkpoint, half of one, or one of a newer format.
     """
     path = Path(path)
-    config, plan = _described(path)
+    config, plan = described(path)
     params = weights.read_tree(path / "params", dtype or own_dtype(), jax.devices()[0])
     return Checkpoint(path, config, params, plan)
 
@@ -97,7 +97,7 @@ def load(path: str | Path, dtype: str | None = None) -> Checkpoint:
 def outline(path: str | Path, dtype: str | None = None) -> Checkpoint:
     """Returns what `load` would, with shapes and dtypes in the place of the weights, of which none is read."""
     path = Path(path)
-    config, plan = _described(path)
+    config, plan = described(path)
     cast = dtype or own_dtype()
     leaves = weights.leaves(path / "params").items()
     params = {name: jax.ShapeDtypeStruct(leaf.shape, cast or leaf.dtype) for name, leaf in leaves}
@@ -140,13 +140,21 @@ def describe(path: Path) -> Mapping[str, Any]:
     return about
 
 
-def stored_plan(path: Path) -> Plan | None:
-    """Returns the plan of a compressed checkpoint, None of a dense one; no weight is read.
+def described(path: Path) -> tuple[LlavaConfig, Plan | None]:
+    """Returns the config of a whole checkpoint, and the plan of a compressed one; no weight is read.
 
     Raises:
         InputError: as `load`.
     """
-    return _described(path)[1]
+    about = describe(path)
+    config = from_hf(read_json(path / "config.json"))
+    return config, None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
+
+
+def require_dense(path: Path, plan: Plan | None) -> None:
+    """Raises InputError for a checkpoint that has a plan, where what is done needs the dense model."""
+    if plan is not None:
+        raise InputError(f"--model: {path} is compressed already; give the dense checkpoint it was made from")
 
 
 def resolve(model: str | None) -> Path:
@@ -230,13 +238,6 @@ def _is_copy(source: Path, target: Path) -> bool:
         return all((target / file.name).read_bytes() == file.read_bytes() for file in carried)
     except (InputError, OSError):
         return False
-
-
-def _described(path: Path) -> tuple[LlavaConfig, Plan | None]:
-    """Returns the config of a whole checkpoint, and the plan of a compressed one."""
-    about = describe(path)
-    config = from_hf(read_json(path / "config.json"))
-    return config, None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
 
 
 def own_dtype() -> str | None:

@@ -48,6 +48,11 @@ class Encoded:
         return None if self.pixels is None else self.pixels[rows]
 
 
+def located(spec: str) -> str:
+    """Returns what `load` takes in a form that means the same from every directory: paths absolute."""
+    return spec if spec == EASY_VQA else str(Path(spec).resolve())
+
+
 def load(spec: str, split: str) -> list[Sample]:
     """Returns the samples of "easy-vqa" or of a JSONL file, in their stored order.
 

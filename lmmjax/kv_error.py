@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.rope import Rotation, rotate
 from lmmjax import likelihood, llava
-from lmmjax.attention import PlainAttention
+from lmmjax.attention import PlainAttention, causal
 from lmmjax.config import LlavaConfig
 from lmmjax.data import Encoded
 from lmmjax.kv_rounding import Sides, given_back, positions, turned
@@ -128,7 +128,7 @@ def loss(
     probes: tuple[Sides, ...], config: LlavaConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "b"], tuple[Seen, ...]]]:
     """Returns the sum of the samples' losses, so that a sample's slope is that of its own; these losses; and `Seen`."""
-    attends = [Probed(_causal(batch), probe) for probe in probes]
+    attends = [Probed(causal(*batch.x.shape[:2]), probe) for probe in probes]
     decode: Any = functools.partial(Llava(config).apply, method=Llava.decode)
     states, seen = decode({"params": params}, batch.x, positions(batch), attends)
     predicted = likelihood.predictions(config, params, states, batch)
@@ -146,7 +146,7 @@ def layer_sums(config: LlavaConfig, form: CacheFormat, seen: Seen, slopes: Sides
     counted = (jnp.arange(q.shape[2]) < batch.lengths[:, None])[:, None, :, None]
 
     def attend(kv: Sides) -> Float[Array, "b h t d"]:
-        return PlainAttention(_causal(batch))(q, *kv, (jnp.ones(1), jnp.zeros(1)))[0]
+        return PlainAttention(causal(*batch.x.shape[:2]))(q, *kv, (jnp.ones(1), jnp.zeros(1)))[0]
 
     def squares(x: Float[Array, "b h t d"]) -> Float[Array, "b"]:
         return jnp.sum(jnp.where(counted, jnp.square(x), 0), axis=(1, 2, 3))
@@ -165,8 +165,3 @@ def _of_samples(found: Sums, batch: Batch) -> Sums:
     """Returns the sums in float64 on the host, without the rows that only fill the batch up: those count nothing."""
     real = np.flatnonzero(batch.counted.any(1))
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[..., real], found)
-
-
-def _causal(batch: Batch) -> Bool[Array, "b t t"]:
-    b, t = batch.x.shape[:2]
-    return jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))

@@ -45,7 +45,7 @@ def stored(path: Path, config: LlavaConfig, dtype: str | None = None) -> Layered
     `dtype` as in `checkpoint.load`.
     """
     reader, cast = weights.Reader(path / "params"), dtype or checkpoint.own_dtype()
-    names = list(weights.leaves(path / "params"))
+    names = list(reader.leaves)
 
     def read(chosen: list[str]) -> Params:
         return unflatten_dict({name: _on_device(leaf, cast) for name, leaf in reader.read(chosen).items()}, sep=".")

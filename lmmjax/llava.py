@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.rope import Rotation, rotations
-from lmmjax.attention import CachedAttention, PlainAttention
+from lmmjax.attention import CachedAttention, PlainAttention, causal
 from lmmjax.cache import Cache
 from lmmjax.config import LlavaConfig
 from lmmjax.layers import ACTIVATIONS, Linear
@@ -68,9 +68,8 @@ class Llava(nn.Module):
         x = self.embed(tokens)
         if self.config.sees:
             x = merge(self.config, tokens, x, self.project(self.see(pixels)))
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        states, _ = self.decode(x, positions, [PlainAttention(mask)] * self.config.text.layers)
+        states, _ = self.decode(x, positions, [PlainAttention(causal(b, t))] * self.config.text.layers)
         return self.logits(states)
 
 

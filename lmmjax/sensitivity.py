@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmjax import cache_flags
-from lmmjax.data import EASY_VQA
+from lmmjax.data import EASY_VQA, located
 from lmmjax.errors import InputError, exit_code
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     form = cache_flags.read(args)
     out = args.out or Path("runs") / f"sensitivity-{_name(args)}"
     stored = checkpoint.load(checkpoint.resolve(args.model))
-    if stored.plan is not None:
-        raise InputError(f"--model: {stored.path} is compressed already; give the dense checkpoint it was made from")
+    checkpoint.require_dense(stored.path, stored.plan)
     encoded = _encoded(args, stored)
     with files.alone(out, out / ".lock", "--out"):
         found = _measured(stored, encoded, form, args.batch)
@@ -175,7 +174,7 @@ def _data(args: argparse.Namespace) -> str:
     """Returns what the samples come from, its paths absolute."""
     if args.text:
         return ", ".join(str(file.resolve()) for file in args.text)
-    return EASY_VQA if args.data in (None, EASY_VQA) else str(Path(args.data).resolve())
+    return located(args.data or EASY_VQA)
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -48,11 +48,7 @@ class Writer:
 
 def leaves(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {dotted name: shape and dtype} of the stored leaves, without reading them."""
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for _, part in _parts(directory)
-        for name, leaf in part.items()
-    }
+    return Reader(directory).leaves
 
 
 def digest(params: Params) -> "hashlib._Hash":
@@ -69,6 +65,13 @@ class Reader:
 
     def __init__(self, directory: Path):
         self._parts = list(_parts(directory))
+
+    @property
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """{dotted name: shape and dtype} of all stored leaves."""
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, part in self._parts for name, leaf in part.items()
+        }
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Returns the leaves with these names, as stored."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lmmjax import calibrate, data, weights
-from lmmjax.checkpoint import Checkpoint
+from lmmjax.checkpoint import Checkpoint, require_dense
 from lmmjax.data import Encoded
-from lmmjax.errors import InputError
 from lmmjax.fold import fold_values
 from lmmjax.likelihood import Result
 from lmmjax.plan import Calibration, Plan
@@ -88,10 +87,7 @@ def prepare(settings: Settings, checkpoint: Checkpoint, report_samples: int, bat
     Raises:
         InputError: the checkpoint is compressed already, a budget cannot be met, or there are too few samples.
     """
-    if checkpoint.plan is not None:
-        raise InputError(
-            f"--model: {checkpoint.path} is compressed already; give the dense checkpoint it was made from"
-        )
+    require_dense(checkpoint.path, checkpoint.plan)
     if settings.form.rotate_values == "folded":
         checkpoint = dataclasses.replace(checkpoint, params=fold_values(checkpoint.config.text, checkpoint.params))
     config, params = checkpoint.config, checkpoint.params

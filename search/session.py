@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lmmjax import cache_flags, checkpoint, runtime
 from lmmjax.checkpoint import read_json
 from lmmjax.config import TextConfig, from_hf
-from lmmjax.data import EASY_VQA
+from lmmjax.data import located
 from lmmjax.errors import InputError
 from search import allocated, output, problem, report, storage, study, warm
 from search.problem import Problem
@@ -51,7 +51,7 @@ def read_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, Setting
         budget=args.budget,
         kv_budget=args.budget if args.kv_budget is None else args.kv_budget,
         context=config.text.context if args.context is None else args.context,
-        data=args.data if args.data == EASY_VQA else str(Path(args.data).resolve()),
+        data=located(args.data),
         sensitivity=args.sensitivity and str(Path(args.sensitivity).resolve()),
         form=cache_flags.read(args, window=args.window),
         **{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name not in _FILLED_IN},

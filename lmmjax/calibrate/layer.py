@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from kernels.rope import rotations
-from lmmjax.attention import PlainAttention
+from lmmjax.attention import PlainAttention, causal
 from lmmjax.calibrate.statistics import SHARED, LayerStatistics, LinearStatistics, Traits, spread
 from lmmjax.calibrate.tokens import Rows, choose, cosine, unit
 from lmmjax.config import TextConfig
@@ -45,8 +45,7 @@ def run(config: TextConfig, layer: Params, rows: Rows) -> Float[Array, "b t e"]:
     b, t, _ = rows.x.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     rotation = rotations(positions, config.head_dim, config.rope_theta)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-    arguments = (rows.x, rotation, PlainAttention(causal))
+    arguments = (rows.x, rotation, PlainAttention(causal(b, t)))
     out, _ = DecoderLayer(config).apply({"params": layer}, *arguments)  # pyright: ignore[reportGeneralTypeIssues]
     return out
 

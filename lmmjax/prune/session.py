@@ -3,18 +3,20 @@
 import argparse
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors.flax import save
 
 from lmmjax import checkpoint, files, layered, machine, runtime, weights
 from lmmjax.calibrate import samples
 from lmmjax.calibrate.samples import Recipe
-from lmmjax.config import LINEARS, LlavaConfig, from_hf
-from lmmjax.data import EASY_VQA
+from lmmjax.config import LINEARS, LlavaConfig
+from lmmjax.data import EASY_VQA, located
 from lmmjax.errors import InputError
 from lmmjax.linears import path_of, with_kernels
 from lmmjax.llava import Params
@@ -39,13 +41,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--export: got {args.export}, which is OUT; expected another directory")
     method, targets = _asked(args)
     path = checkpoint.resolve(args.model)
-    config = from_hf(checkpoint.read_json(path / "config.json"))
-    _refuse_compressed(path)
+    config, plan = checkpoint.described(path)
+    checkpoint.require_dense(path, plan)
     targets.check(config.text)
     recipe = _recipe(args, config)
     passes = _passes(args, path, config, recipe, method)
-    dtypes = _dtypes(path)
-    task = Task(method, targets.drops(passes, args.seed), not args.one_shot, dtypes)
+    task = Task(method, targets.drops(passes, args.seed), not args.one_shot, _dtypes(path))
     losses = _write(args, path, passes, task, recipe)
     passes.forget(task)
     print(f"{report.text(losses)}\n\nwritten: {args.out}")
@@ -62,18 +63,12 @@ def _asked(args: argparse.Namespace) -> tuple[Method, Targets]:
     return Method(args.method, update, pattern, args.permute), Targets(args.sparsity, pattern, plan, args.allocation)
 
 
-def _refuse_compressed(path: Path) -> None:
-    if checkpoint.stored_plan(path) is not None:
-        raise InputError(f"--model: {path} is compressed already; give the dense checkpoint it was made from")
-
-
 def _recipe(args: argparse.Namespace, config: LlavaConfig) -> Recipe:
     length = min(LENGTH, config.text.context) if args.length is None else args.length
     if not 2 <= length <= config.text.context:
         raise InputError(f"--length: got {length}, expected 2 to the model's {config.text.context}")
     data = args.data or (None if args.text else EASY_VQA)
-    data = data if data in (None, EASY_VQA) else str(Path(data).resolve())
-    return Recipe(data, args.samples, tuple(args.text), args.windows, length, args.seed)
+    return Recipe(data and located(data), args.samples, tuple(args.text), args.windows, length, args.seed)
 
 
 def _passes(args: argparse.Namespace, path: Path, config: LlavaConfig, recipe: Recipe, method: Method) -> Passes:
@@ -94,13 +89,13 @@ def _write(args: argparse.Namespace, path: Path, passes: Passes, task: Task, rec
     losses: list[Loss] = []
     orders: dict[str, Array] = {}
     beside: dict[str, bytes] = {}
-    dtypes, config = _dtypes(path), (path / "config.json").read_bytes()
-    carried, plan = checkpoint.carried_files(path), _plan(args, task, recipe, dtypes)
+    config = (path / "config.json").read_bytes()
+    carried, plan = checkpoint.carried_files(path), _plan(args, task, recipe)
     with checkpoint.writer(args.out, config, carried, plan, beside) as leaves:
-        _add(leaves, "", passes.model.outer, dtypes)
+        _add(leaves, "", passes.model.outer, task.dtypes)
         for index, done in enumerate(passes.pruned(task)):
             layer = with_kernels(passes.model.layer(index), done.kernels)
-            _add(leaves, f"text.layers_{index}.", layer, dtypes)
+            _add(leaves, f"text.layers_{index}.", layer, task.dtypes)
             losses += done.losses
             orders |= {f"layers_{index}.{name}": order for name, order in done.orders.items()}
         figures = {"about": machine.facts("lmmjax.prune", args.words), **report.as_json(losses)}
@@ -109,13 +104,13 @@ def _write(args: argparse.Namespace, path: Path, passes: Passes, task: Task, rec
     return losses
 
 
-def _add(leaves: weights.Writer, prefix: str, tree: Params, dtypes: dict[str, np.dtype]) -> None:
+def _add(leaves: weights.Writer, prefix: str, tree: Params, dtypes: Mapping[str, DTypeLike]) -> None:
     """Adds leaves in the dtypes that they were stored in; those of pruned linears are rounded to it already."""
     for name, leaf in flatten_dict(tree, sep=".").items():
         leaves.add(prefix + name, np.asarray(leaf).astype(dtypes[prefix + name]))
 
 
-def _plan(args: argparse.Namespace, task: Task, recipe: Recipe, dtypes: dict[str, np.dtype]) -> Plan:
+def _plan(args: argparse.Namespace, task: Task, recipe: Recipe) -> Plan:
     """Returns the plan that the checkpoint carries; one that says all can be replayed.
 
     Its cache is exact, in the dtype of the weights.
@@ -123,7 +118,7 @@ def _plan(args: argparse.Namespace, task: Task, recipe: Recipe, dtypes: dict[str
     calibration = Calibration(recipe.data or "text", recipe.samples, args.tokens, recipe.seed)
     says_all = task.method.replayable and not task.sequential and not recipe.text
     made_by = None if says_all else shlex.join(["python", "-m", "lmmjax.prune", *args.words])
-    cache = CacheFormat(dtype=str(dtypes[path_of(0, LINEARS[0])]))
+    cache = CacheFormat(dtype=str(task.dtypes[path_of(0, LINEARS[0])]))
     layers = tuple(LayerPlan(drop=drop) for drop in task.drops)
     return Plan(layers, score=task.method.name, calibration=calibration, cache=cache, made_by=made_by)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from said import one_line
 
 from lmmjax import checkpoint as checkpoints
 from lmmjax import engine, weights
@@ -219,14 +220,6 @@ BAD_FLAGS = {
     "cannot read missing.json": ("--plan", "missing.json"),
     "no image token": ("--raw",),
 }
-
-
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.mark.parametrize("says", BAD_FLAGS)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from said import one_line
 from tiny_texts import text_config, write_text
 
 from convert import hf
@@ -47,14 +48,6 @@ def book(tmp_path: Path) -> Path:
     letters = np.random.default_rng(0).integers(97, 123, 127)  # and one token that begins the text
     (tmp_path / "book.txt").write_text(bytes(letters.tolist()).decode())
     return tmp_path / "book.txt"
-
-
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_the_config_of_a_decoder_alone(reader: Path):

@@ -9,23 +9,19 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from benchmarks import kv_peers, machine
+from benchmarks import judged, kv_peers, machine
+from benchmarks.judged import found_in, name_of, windows
 from benchmarks.kv_judge import Judge, Widths, sizes
 from benchmarks.kv_rows import Row, rows
 from benchmarks.kv_table import page
-from benchmarks.quality import files, found_in, name_of, windows
 from lmmjax import checkpoint, data, kv_error, perplexity, runtime
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.errors import exit_code
-from lmmjax.files import write_atomic
 from lmmjax.likelihood import gather
 from lmmjax.perplexity import Window
 from lmmjax.plan import CacheFormat
@@ -64,12 +60,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = [(row.method, _level(row)) for row in rows(model.config.text)]
     wanted += [(name, str(settings["bits"])) for name, settings in PEERS if not args.no_peers]
     chosen = [("dense", ""), *(one for one in wanted if not args.methods or one[0] in args.methods)]
-    for method, level in tqdm([one for one in chosen if one not in done], unit="cache"):
-        began = time.monotonic()
-        figures = bench.measure(method, level)
-        found.append({"method": method, "level": level, **figures, "seconds": round(time.monotonic() - began, 1)})
-        write_atomic(path, json.dumps({"about": machine.facts(), "settings": settings, "rows": found}, indent=1))
-        tqdm.write(f"{method:<36}{level:>5}  KL {found[-1]['kl'] or 0:.5f}  ppl {found[-1].get('ppl') or 0:.3f}")
+    missing = [one for one in chosen if one not in done]
+    judged.measure(path, settings, "rows", found, missing, bench.row, _line)
     print(page(json.loads(path.read_text())))
     return 0
 
@@ -87,6 +79,11 @@ class Bench:
         self._judge: Judge | None = None
         self._torch: Any = None
         self._sensitivity: kv_error.Sensitivity | None = None
+
+    def row(self, one: tuple[str, str]) -> dict[str, Any]:
+        """Returns the figures of a method at a level, under their names."""
+        method, level = one
+        return {"method": method, "level": level, **self.measure(method, level)}
 
     def measure(self, method: str, level: str) -> dict[str, Any]:
         """Returns the figures of one row."""
@@ -149,25 +146,21 @@ def _level(row: Row) -> str:
     return f"{row.budget:g}" if row.budget is not None else str(row.bits)
 
 
+def _line(row: dict[str, Any]) -> str:
+    return f"{row['method']:<36}{row['level']:>5}  KL {row['kl'] or 0:.5f}  ppl {row.get('ppl') or 0:.3f}"
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    text = {"files": [file.name for file in files(args.text)], "windows": args.windows}
-    text |= {"context": args.context, "stride": args.stride}
     named = {name: getattr(args, name) for name in ("samples", "calibration_samples", "contexts")}
-    return {"model": name_of(args.model), **named, "text": text if args.text else None}
+    return {"model": name_of(args.model), **named, "text": judged.text(args)}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_quality", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", metavar="DIR", help="dense lmmjax checkpoint (default: the embedded model)")
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE|DIR", help="plain text: *.txt of a DIR")
-    add("--samples", type=int, default=192, help="questions judged by (default: %(default)s)")
+    judged.add(parser, samples=192, windows=8)
     add("--calibration-samples", type=int, default=32, help="of the sensitivities (default: %(default)s)")
-    add("--windows", type=int, default=8, help="windows of text judged by (default: %(default)s)")
-    add("--context", type=int, default=512, help="tokens a window (default: %(default)s)")
-    add("--stride", type=int, default=512, help="tokens from one window to the next (default: %(default)s)")
     add("--contexts", type=int, nargs="+", default=[2048, 640], help="tokens at which true bits are counted")
-    add("--batch", type=int, default=16)
     add("--methods", nargs="+", metavar="NAME", help="only these rows, by their names (default: all)")
     add("--no-peers", action="store_true", help="without Hugging Face's cache, which needs torch and optimum-quanto")
     return parser

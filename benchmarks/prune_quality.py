@@ -7,7 +7,6 @@ a seed rest on the same. Every figure is written as soon as it is there; run aga
 
 import argparse
 import functools
-import json
 import sys
 import tempfile
 import time
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import judged, machine
+from benchmarks.judged import files, found_in, name_of, windows
 from benchmarks.kv_judge import Judge
 from benchmarks.prune_cells import Cell, cells
-from benchmarks.quality import files, found_in, name_of, windows
 from lmmjax import calibrate, checkpoint, data, runtime
 from lmmjax.calibrate import gradients, samples, walk
 from lmmjax.calibrate.loss import Loss
@@ -31,7 +29,6 @@ from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LINEARS
 from lmmjax.data import EASY_VQA, Encoded
 from lmmjax.errors import exit_code
-from lmmjax.files import write_atomic
 from lmmjax.layered import held
 from lmmjax.linears import kernels_of, named
 from lmmjax.llava import Params
@@ -58,11 +55,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [cell for cell in cells(args.levels, args.seeds) if cell not in done]
     if missing:
         contest = Contest(checkpoint.load(checkpoint.resolve(args.model)), args)
-        for cell in tqdm(missing, unit="cell"):
-            began = time.monotonic()
-            found.append({**cell._asdict(), **contest.measure(cell), "seconds": round(time.monotonic() - began, 1)})
-            write_atomic(path, json.dumps({"about": machine.facts(), "settings": settings, "cells": found}, indent=1))
-            tqdm.write(_line(found[-1]))
+        judged.measure(path, settings, "cells", found, missing, contest.row, _line)
     print(path)
     return 0
 
@@ -77,6 +70,10 @@ class Contest:
         self._judge = Judge(model, data.encode(self._processor, questions), windows(model, args), args.batch)
         # The latest seed's only: all layers' Gram matrices and gradients.
         self._statistics = functools.lru_cache(1)(self._calibrate)
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """Returns a cell's figures, under its names."""
+        return {**cell._asdict(), **self.measure(cell)}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Returns a cell's quality, and the seconds that pruning took."""
@@ -134,12 +131,10 @@ def _sparsity(layers: int, params: Params) -> float:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what all cells of a file have in common."""
-    text = {"files": [file.name for file in files(args.text)], "windows": args.windows}
-    text |= {"context": args.context, "stride": args.stride}
     names = ("samples", "calibration_samples", "calibration_windows", "length")
     calibration = [file.name for file in files(args.calibration)]
     sizes = {name: getattr(args, name) for name in names}
-    return {"model": name_of(args.model), **sizes, "text": text if args.text else None, "calibration": calibration}
+    return {"model": name_of(args.model), **sizes, "text": judged.text(args), "calibration": calibration}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -153,19 +148,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.prune_quality", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="dense lmmjax checkpoint (default: the embedded model)")
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE|DIR", help="text for perplexity")
+    judged.add(parser, samples=96, windows=6)
     add("--calibration", type=Path, nargs="+", default=[], metavar="FILE|DIR", help="text to calibrate on, too")
     add("--levels", nargs="+", default=LEVELS, metavar="S|N:M")
     add("--seeds", type=int, default=3, help="of calibration (default: %(default)s)")
-    add("--samples", type=int, default=96, help="questions judged by (default: %(default)s)")
-    add("--windows", type=int, default=6, help="windows of text judged by (default: %(default)s)")
-    add("--context", type=int, default=512, help="tokens a window (default: %(default)s)")
-    add("--stride", type=int, default=512, help="tokens from one window to the next (default: %(default)s)")
     add("--calibration-samples", type=int, default=64, help="questions (default: %(default)s)")
     add("--calibration-windows", type=int, default=8, help="windows of text (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens of such a window (default: %(default)s)")
-    add("--batch", type=int, default=16)
     add("--name", metavar="NAME", help="the file is benchmarks/results/prune-quality-NAME.json (default: the model's)")
     return parser
 

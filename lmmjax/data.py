@@ -1,7 +1,7 @@
 """Questions about images: where they come from, how they are split, and how they become arrays."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,13 @@ def encode(processor: "Processor", samples: Sequence[Sample]) -> Encoded:
         pixels=processor.pixels(images)[[rows[sample.image] for sample in samples]],
         kinds=tuple(sample.kind for sample in samples),
     )
+
+
+def batches(samples: int, size: int) -> Iterator[tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]]:
+    """Yields the rows of each batch of `size`, and which are real: the last sample fills up the last batch."""
+    for start in range(0, samples, size):
+        rows = np.arange(start, start + size)
+        yield np.minimum(rows, samples - 1), rows < samples
 
 
 def answer_ids(processor: "Processor", prompt: str, answer: str) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from lmmjax import llava
+from lmmjax import data, llava
 from lmmjax.cache import Cache
 from lmmjax.config import LlavaConfig
 from lmmjax.data import Encoded
@@ -103,9 +103,7 @@ def batches(
         raise InputError("evaluation: got no samples, expected at least one")
     wanted = encoded.is_answer if tokens == "answer" else _text(config, encoded)
     width = int(wanted.sum(1).max())
-    for start in range(0, samples, size):
-        rows = np.arange(start, start + size)
-        real, rows = rows < samples, np.minimum(rows, samples - 1)
+    for rows, real in data.batches(samples, size):
         at = np.argsort(~wanted[rows], axis=1, kind="stable")[:, :width]
         counted = np.take_along_axis(wanted[rows], at, 1) & real[:, None]
         yield Batch(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lmmjax import llava
+from lmmjax import data, llava
 from lmmjax.calibrate.layer import collect, forward
 from lmmjax.calibrate.statistics import LayerStatistics
 from lmmjax.calibrate.tokens import CHOICES, Rows
@@ -56,9 +56,7 @@ def _batches(config: LlavaConfig, outer: Params, encoded: Encoded) -> Iterator[R
     """Yields batches of one size, the last filled up with rows of padding."""
     samples, length = encoded.tokens.shape
     size = max(1, min(samples, TOKENS // length))
-    for start in range(0, samples, size):
-        rows = np.arange(start, start + size)
-        real, rows = rows < samples, np.minimum(rows, samples - 1)
+    for rows, real in data.batches(samples, size):
         tokens, lengths = encoded.tokens[rows], encoded.lengths[rows]
         valid = (np.arange(length) < lengths[:, None]) & real[:, None]
         x = llava.embed_prompts(config, outer, tokens, lengths, encoded.pixels_of(rows))

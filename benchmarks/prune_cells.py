@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
 
 def cells(levels: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """Yields the cells, a seed after the other: what a seed's statistics cost is paid once, and updates come last.
+    """Yields the cells, a seed after the other: what a seed's statistics cost is paid once.
 
     An update that chooses its own mask is a score of its own. What no seed changes is measured for the first alone.
     """
@@ -40,7 +40,6 @@ def cells(levels: Sequence[str], seeds: int) -> Iterator[Cell]:
     for seed in range(seeds):
         for level in levels:
             yield from _plain(level, seed)
-        for level in levels:
             yield from _updated(level, seed)
 
 

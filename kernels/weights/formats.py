@@ -1,0 +1,184 @@
+"""The three ways to keep a weight matrix, as pytrees: Full, NM and Bitmap. Their laws stand in the package."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+from kernels.weights import codes, masks
+
+
+class Matrix(struct.PyTreeNode):
+    """What the formats have in common: kept values by output row, their scales if they are codes, and static facts.
+
+    `bits` are a value's: 32 or 16 of a float, 8 or 4 of a code. `group` inputs share a scale; without scales it says
+    nothing. `x @ matrix` is `kernels.weights.matmul(x, matrix)`.
+    """
+
+    values: Array
+    scales: Float[Array, "r g"] | None
+    inputs: int = struct.field(pytree_node=False)
+    bits: int = struct.field(pytree_node=False)
+    group: int = struct.field(pytree_node=False)
+
+    @property
+    def outputs(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(inputs, outputs), as of a plain kernel."""
+        return self.inputs, self.outputs
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def kept(self) -> int:
+        """How many weights are stored, zeros among them too."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """ "dense", "bitmap" or such as "2:4", as in `WeightFormat`."""
+        raise NotImplementedError
+
+    def rows(self) -> Float[Array, "r k"]:
+        """Returns all weights in float32, zeros in place."""
+        raise NotImplementedError
+
+    def dense(self) -> Float[Array, "k r"]:
+        """Returns the matrix as a plain kernel, in its values' dtype; codes become float32."""
+        rows = self.rows().T
+        return rows if self.scales is not None else rows.astype(self.values.dtype)
+
+    def __rmatmul__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch r"]:
+        # Imported here, for the op's backends are made for these classes.
+        from kernels.weights.matmul import matmul
+
+        return matmul(x, self)
+
+    def _scaled(self, rows: Float[Array, "r k"]) -> Float[Array, "r k"]:
+        """Returns rows of codes times their scales; floats as they are."""
+        if self.scales is None:
+            return rows
+        return rows * codes.spread(self.scales, self.inputs, self.group)
+
+
+class Full(Matrix):
+    """Every weight kept: values (R, K); of int4 (R, ceil(K / 2))."""
+
+    @property
+    def outputs(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def kept(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def kind(self) -> str:
+        return "dense"
+
+    def rows(self) -> Float[Array, "r k"]:
+        return self._scaled(codes.numbers(self.values, self.bits, self.inputs))
+
+
+class NM(Matrix):
+    """n of every m consecutive inputs kept: mask (R, B), values (R, P), P = K / m * n; of int4 (R, ceil(P / 2))."""
+
+    mask: UInt8[Array, "r b"]
+    n: int = struct.field(pytree_node=False)
+    m: int = struct.field(pytree_node=False)
+
+    @property
+    def outputs(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def kept(self) -> int:
+        return self.outputs * self.per_row
+
+    @property
+    def per_row(self) -> int:
+        """Values of a row."""
+        return self.inputs // self.m * self.n
+
+    @property
+    def kind(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def rows(self) -> Float[Array, "r k"]:
+        kept = masks.unpacked(self.mask, self.inputs)
+        values = codes.numbers(self.values, self.bits, self.per_row)
+        at = jnp.maximum(jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, 0)
+        return self._scaled(jnp.where(kept, jnp.take_along_axis(values, at, axis=1), 0))
+
+
+class Bitmap(Matrix):
+    """Any weights kept: mask (R, B), values (nnz,) in a single run, row r's from starts[r] to starts[r + 1].
+
+    Of int4 the values are bytes of two, rows begin at whole ones, and `starts` counts codes.
+    """
+
+    mask: UInt8[Array, "r b"]
+    starts: Int[Array, "r1"]
+
+    @property
+    def outputs(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def kept(self) -> int:
+        return self.values.shape[0] * (2 if self.bits == 4 else 1)
+
+    @property
+    def kind(self) -> str:
+        return "bitmap"
+
+    def rows(self) -> Float[Array, "r k"]:
+        kept = masks.unpacked(self.mask, self.inputs)
+        values = codes.numbers(self.values, self.bits, self.kept)
+        if not self.kept:
+            return jnp.zeros(kept.shape, jnp.float32)
+        at = self.starts[:-1, None] + jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
+        return self._scaled(jnp.where(kept, jnp.take(values, at, mode="clip"), 0))
+
+
+KINDS: dict[str, type[Matrix]] = {"dense": Full, "bitmap": Bitmap, "n:m": NM}
+
+
+def described(matrix: Matrix) -> dict[str, Any]:
+    """Returns a matrix's static facts, ready for JSON: with its arrays by name they are the matrix."""
+    return {"kind": matrix.kind, "inputs": matrix.inputs, "bits": matrix.bits, "group": matrix.group}
+
+
+def arrays(matrix: Matrix) -> dict[str, Array]:
+    """Returns a matrix's arrays by name."""
+    names = ("mask", "values", "scales", "starts")
+    return {name: array for name in names if (array := getattr(matrix, name, None)) is not None}
+
+
+def assembled(facts: dict[str, Any], arrays: dict[str, Any]) -> Matrix:
+    """Returns the matrix of these facts and arrays, the reverse of `described` and `arrays`.
+
+    Raises:
+        ValueError: a kind that is not known, or arrays that do not belong to it.
+    """
+    kind, static = facts["kind"], {name: facts[name] for name in ("inputs", "bits", "group")}
+    if ":" in kind:
+        n, m = map(int, kind.split(":"))
+        kind, static = "n:m", {**static, "n": n, "m": m}
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {facts['kind']!r}, expected dense, bitmap or N:M")
+    try:
+        return KINDS[kind](**{"scales": None, **arrays}, **static)
+    except TypeError as error:
+        raise ValueError(f"arrays: got {', '.join(arrays)} for {facts['kind']} ({error})") from error

@@ -11,18 +11,21 @@ from lmmjax.errors import exit_code
 def export(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the lmmjax checkpoint `source` as a Hugging Face directory `target`, about a layer in memory.
 
+    Packed weights become dense again: floats as they were, codes times their scales in the dtype of the embeddings.
+
     Raises:
         InputError: `source` is no whole checkpoint, or `target` exists.
     """
     # Imported here, for they take seconds, and need the right `kernels`: `exit_code` looks first.
+    from convert.unpacking import DenseReader
     from convert.writing import write
-    from lmmjax import checkpoint, weights
+    from lmmjax import checkpoint
 
     checkpoint.describe(source)
-    stored = source / "params"
+    reader = DenseReader(source / "params")
     config = checkpoint.read_json(source / "config.json")
     carried = [source / "config.json", *checkpoint.carried_files(source)]
-    write(target, config, carried, weights.leaves(stored), weights.Reader(stored).read, shard_bytes)
+    write(target, config, carried, reader.leaves, reader.read, shard_bytes)
 
 
 def main(argv: list[str] | None = None) -> int:

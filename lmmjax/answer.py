@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from kernels.attend import BACKENDS
-from lmmjax import checkpoint, engine
+from kernels.weights.matmul import choose
+from lmmjax import checkpoint, engine, weights
 from lmmjax.cache import cache_bytes
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LlavaConfig, from_hf
@@ -51,7 +53,8 @@ class Answer:
     """What was said and what it took. Milliseconds without compiling, which `compile_ms` holds; bytes as allocated.
 
     `stopped` is "end" (the model's own), "length" (max_tokens or the context) or "interrupt". The first token
-    belongs to prefill. `kv_dense_bytes` is what the same capacity takes with nothing quantized.
+    belongs to prefill. `kv_dense_bytes` is what the same capacity takes with nothing quantized. `products` counts the
+    packed matrices by their backend in a decode step and their format; plain arrays are XLA's and not among them.
     """
 
     text: str
@@ -68,6 +71,7 @@ class Answer:
     kv_dense_bytes: int
     kv_capacity: int
     attention: dict[str, tuple[str, ...]]
+    products: dict[str, int]
     device: str
 
     @property
@@ -129,6 +133,8 @@ def _chosen(stored: Checkpoint, plan: Plan | None) -> Plan | None:
         return stored.plan
     plan.check(stored.config.text)
     done = _drops_of(stored)
+    if weights.matrices(stored.params) and (_is_folded(plan) != _is_folded(stored.plan) or (plan.prunes and not done)):
+        raise InputError(f"--plan: {stored.path} is packed, and the plan changes weights; give the model it came from")
     if done and done != _drops(plan):
         raise InputError(f"--plan: {stored.path} is pruned by another plan; give the dense checkpoint it came from")
     return plan
@@ -186,6 +192,7 @@ def answer(model: Model, processor: Processor, request: Request, show: Callable[
         kv_dense_bytes=_dense_bytes(config, plan, kv_capacity) if plan else kv_bytes,
         kv_capacity=kv_capacity,
         attention=attention,
+        products=products(params),
         device=jax.devices()[0].device_kind,
     )
 
@@ -234,6 +241,14 @@ def _attention(model: Model, t: int, room: engine.Room, name: str | None) -> dic
         return {phase: engine.backends(config, params, cache, *asked) for phase, asked in phases.items()}
     except ValueError as error:
         raise InputError(f"--backend: {error}") from error
+
+
+def products(params: Params) -> dict[str, int]:
+    """Returns how many packed matrices each backend multiplies one row by, with their format."""
+    x = jax.ShapeDtypeStruct
+    dtype = params["text"]["embedding"].dtype
+    chosen = ((choose(None, x((1, m.inputs), dtype), m), m) for m in weights.matrices(params))
+    return dict(Counter(f"{backend} ({m.kind}, {m.bits} bits)" for backend, m in chosen))
 
 
 def _dense_bytes(config: LlavaConfig, plan: Plan, capacity: int) -> int:

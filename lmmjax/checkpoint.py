@@ -23,6 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lmmjax
+from kernels.weights import Matrix
 from lmmjax import files, weights
 from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
@@ -30,7 +31,8 @@ from lmmjax.llava import Params
 from lmmjax.plan import Plan
 from lmmjax.versions import installed
 
-FORMAT = 1
+FORMAT = 2
+"""1 is of plain leaves alone; 2 may hold matrices without their zeros."""
 PROCESSOR_FILES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json "
@@ -74,7 +76,7 @@ def writer(
         (temporary / "config.json").write_bytes(config)
         for file in carried:
             shutil.copyfile(file, temporary / file.name)
-        about = {**_about(leaves.dtypes, plan), "weights": _sizes(temporary)}
+        about = {**_about(leaves.dtypes, plan, temporary), "weights": _sizes(temporary)}
         (temporary / "lmmjax.json").write_text(json.dumps(about, indent=1))
         for name, content in (beside or {}).items():
             (temporary / name).write_bytes(content)
@@ -100,7 +102,7 @@ def outline(path: str | Path, dtype: str | None = None) -> Checkpoint:
     config, plan = described(path)
     cast = dtype or own_dtype()
     leaves = weights.leaves(path / "params").items()
-    params = {name: jax.ShapeDtypeStruct(leaf.shape, cast or leaf.dtype) for name, leaf in leaves}
+    params = {name: _cast(leaf, cast) for name, leaf in leaves}
     return Checkpoint(path, config, unflatten_dict(params, sep="."), plan)
 
 
@@ -117,7 +119,7 @@ def save(path: str | Path, params: Params, *, like: Path, plan: Plan | None) -> 
     stored = weights.leaves(like / "params")
     with writer(Path(path), (like / "config.json").read_bytes(), carried_files(like), plan) as leaves:
         for name, leaf in flatten_dict(params, sep=".").items():
-            leaves.add(name, _narrowed(np.asarray(leaf), stored[name].dtype if name in stored else None))
+            leaves.add(name, leaf if isinstance(leaf, Matrix) else _narrowed(np.asarray(leaf), stored.get(name)))
 
 
 def describe(path: Path) -> Mapping[str, Any]:
@@ -152,8 +154,8 @@ def described(path: Path) -> tuple[LlavaConfig, Plan | None]:
 
 
 def require_dense(path: Path, plan: Plan | None) -> None:
-    """Raises InputError for a checkpoint that has a plan, where what is done needs the dense model."""
-    if plan is not None:
+    """Raises InputError for a checkpoint that has a plan, or packed weights, where the dense model is needed."""
+    if plan is not None or weights.is_packed(path / "params"):
         raise InputError(f"--model: {path} is compressed already; give the dense checkpoint it was made from")
 
 
@@ -245,9 +247,9 @@ def own_dtype() -> str | None:
     return "float32" if jax.default_backend() == "cpu" else None
 
 
-def _about(dtypes: Iterable[str], plan: Plan | None) -> dict[str, Any]:
+def _about(dtypes: Iterable[str], plan: Plan | None, path: Path) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": 2 if weights.is_packed(path / "params") else 1,
         "versions": {name: installed(name) or "not installed" for name in ("lmmjax", "jax", "orbax-checkpoint")},
         "dtypes": sorted(dtypes),
         "plan": plan and json.loads(plan.to_json()),
@@ -259,9 +261,14 @@ def _sizes(path: Path) -> dict[str, int]:
     return {str(entry.relative_to(path)): entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def _narrowed(leaf: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns the leaf in a stored dtype if that keeps every value, else as it is."""
-    if dtype is None or leaf.dtype == dtype:
+def _cast(leaf: Any, dtype: str | None) -> Any:
+    """Returns the shape of a leaf that is cast when it is loaded; a matrix without its zeros is not."""
+    return leaf if isinstance(leaf, Matrix) else jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+
+
+def _narrowed(leaf: np.ndarray, stored: Any) -> np.ndarray:
+    """Returns the leaf in the dtype of a stored one if that keeps every value, else as it is."""
+    if stored is None or leaf.dtype == stored.dtype:
         return leaf
-    narrow = leaf.astype(dtype)
+    narrow = leaf.astype(stored.dtype)
     return narrow if np.array_equal(narrow.astype(leaf.dtype), leaf) else leaf

@@ -64,11 +64,12 @@ def summary(result: "Answer") -> str:
     vision = f"{result.images} x image {result.vision_ms:.1f} ms, " if result.images else ""
     speed = f": {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
     phases = "; ".join(f"{phase} {', '.join(names)}" for phase, names in result.attention.items())
+    products = "".join(f"; products: {count} x {name}" for name, count in result.products.items())
     lines = [
         f"prompt   {result.prompt_tokens} tokens: {vision}prefill {result.prefill_ms:.1f} ms",
         f"answer   {result.tokens} tokens ({result.stopped}){speed}",
         f"compile  {result.compile_ms:.0f} ms, not counted above; the programs are kept for the next run",
-        f"weights  {size(result.weights_bytes)}",
+        f"weights  {size(result.weights_bytes)}{products}",
         f"cache    {size(result.kv_bytes)} for {result.kv_capacity} tokens (dense: {size(result.kv_dense_bytes)})",
         f"backend  of attention: {phases}; on {result.device}",
     ]

@@ -1,11 +1,13 @@
 """A checkpoint's weights on disk: numbered parts, each an Orbax tree of about a layer, read whole or in part.
 
 Parts, because Orbax's own partial saving merges them at the end in quadratic time: 300 of them took it more
-than ten minutes, and 13B parameters make as many.
+than ten minutes, and 13B parameters make as many. A matrix without its zeros lies as its arrays, NAME.mask,
+NAME.values ...; matrices.json beside the parts says what they are.
 """
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
+from kernels.weights import Matrix, formats
 from lmmjax.errors import InputError, first_line
 from lmmjax.llava import Params
 
+MATRICES = "matrices.json"
 _PART_BYTES = 64 * 2**20
 
 
@@ -30,25 +34,47 @@ class Writer:
         self._directory = directory.resolve()  # Orbax wants it absolute
         self._held: dict[str, np.ndarray] = {}
         self._parts = 0
+        self._matrices: dict[str, Any] = {}
 
-    def add(self, name: str, array: np.ndarray) -> None:
+    def add(self, name: str, leaf: np.ndarray | Matrix) -> None:
         """Takes the leaf with this dotted name, such as "text.layers_0.attn.q.kernel"."""
-        self._held[name] = array
-        self.dtypes.add(str(array.dtype))
+        if isinstance(leaf, Matrix):
+            self._matrices[name] = formats.described(leaf)
+            self._held |= {f"{name}.{field}": np.asarray(array) for field, array in formats.arrays(leaf).items()}
+            self.dtypes.add(str(leaf.values.dtype))
+        else:
+            self._held[name] = leaf
+            self.dtypes.add(str(leaf.dtype))
         if sum(held.nbytes for held in self._held.values()) >= _PART_BYTES:
-            self.finish()
+            self._write()
 
     def finish(self) -> None:
-        """Writes what is held."""
+        """Writes what is held, and what matrices there are."""
+        self._write()
+        if self._matrices:
+            (self._directory / MATRICES).write_text(json.dumps(self._matrices, indent=1))
+
+    def _write(self) -> None:
         if self._held:
             ocp.save(str(self._directory / f"{self._parts:05}"), unflatten_dict(self._held, sep="."))
             self._held.clear()
             self._parts += 1
 
 
-def leaves(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {dotted name: shape and dtype} of the stored leaves, without reading them."""
+def leaves(directory: Path) -> dict[str, Any]:
+    """Returns {dotted name: shape and dtype} of the stored leaves, or a matrix of these, without reading them."""
     return Reader(directory).leaves
+
+
+def is_packed(directory: Path) -> bool:
+    """Returns whether some leaves are matrices without their zeros."""
+    return (directory / MATRICES).exists()
+
+
+def matrices(params: Params) -> list[Matrix]:
+    """Returns all leaves that are matrices without their zeros."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Matrix))
+    return [leaf for leaf in leaves if isinstance(leaf, Matrix)]
 
 
 def digest(params: Params) -> "hashlib._Hash":
@@ -65,15 +91,21 @@ class Reader:
 
     def __init__(self, directory: Path):
         self._parts = list(_parts(directory))
+        self._matrices = _matrices(directory)
 
     @property
-    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """{dotted name: shape and dtype} of all stored leaves."""
-        return {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, part in self._parts for name, leaf in part.items()
-        }
+    def leaves(self) -> dict[str, Any]:
+        """{dotted name: shape and dtype, or a matrix of these} of all stored leaves."""
+        return _gathered(
+            {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                for _, part in self._parts
+                for name, leaf in part.items()
+            },
+            self._matrices,
+        )
 
-    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+    def read(self, names: Iterable[str]) -> dict[str, Any]:
         """Returns the leaves with these names, as stored."""
         wanted = set(names)
         context = ocp.Context()
@@ -81,27 +113,57 @@ class Reader:
         found: dict[str, np.ndarray] = {}
         with context:
             for path, part in self._parts:
-                if here := {name: leaf for name, leaf in part.items() if name in wanted}:
+                if here := {name: leaf for name, leaf in part.items() if self._leaf(name) in wanted}:
                     found |= _load(path, here)
-        return found
+        return _gathered(found, {name: facts for name, facts in self._matrices.items() if name in wanted})
+
+    def _leaf(self, name: str) -> str:
+        """Returns the leaf that a stored array is, or is a part of."""
+        owner = name.rpartition(".")[0]
+        return owner if owner in self._matrices else name
 
 
 def read_tree(directory: Path, dtype: DTypeLike | None, device: jax.Device) -> Params:
-    """Returns all leaves on a device, cast to `dtype` if one is given."""
+    """Returns all leaves on a device, cast to `dtype` if one is given; matrices without their zeros are as stored."""
     sharding = jax.sharding.SingleDeviceSharding(device)
+    matrices = _matrices(directory)
     found: dict[str, Any] = {}
     for path, part in _parts(directory):
         like = {
-            name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype if name.rpartition(".")[0] in matrices else dtype or leaf.dtype,
+                sharding=sharding,
+            )
             for name, leaf in part.items()
         }
         found |= _load(path, like)
-    return unflatten_dict(found, sep=".")
+    return unflatten_dict(_gathered(found, matrices), sep=".")
+
+
+def _matrices(directory: Path) -> dict[str, Any]:
+    """Returns the facts of the matrices without their zeros, by name."""
+    path = directory / MATRICES
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def _gathered(found: dict[str, Any], matrices: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns leaves by name, with each matrix in the place of its arrays."""
+    whole = {name: leaf for name, leaf in found.items() if name.rpartition(".")[0] not in matrices}
+    for name, facts in matrices.items():
+        fields = {key.rpartition(".")[2]: leaf for key, leaf in found.items() if key.rpartition(".")[0] == name}
+        whole[name] = formats.assembled(facts, fields)
+    return whole
 
 
 def _parts(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields each part's path and what Orbax says about its leaves."""
-    for path in sorted(directory.resolve().iterdir()):
+    for path in sorted(entry for entry in directory.resolve().iterdir() if entry.is_dir()):
         with _readable(path):
             described = _flat(ocp.metadata(str(path)).metadata)
         yield path, described

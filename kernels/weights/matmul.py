@@ -1,17 +1,12 @@
 """The public op: rows of activations times a matrix in any format. Contract, validation and choice of backend."""
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import backends
 from kernels.backends import Backend
 from kernels.weights.formats import Matrix
-
-_choices: contextvars.ContextVar[list[str]] = contextvars.ContextVar("weight choices")
 
 
 def unpacked(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
@@ -40,16 +35,10 @@ def matmul(x: Float[Array, "*batch k"], matrix: Matrix, backend: str | None = No
     if x.shape[-1] != matrix.inputs:
         raise ValueError(f"x: got shape {x.shape}, expected {matrix.inputs} on the last axis")
     rows = x.reshape(-1, matrix.inputs)
-    chosen = backends.choose(backend, BACKENDS, "multiply by this matrix", rows, matrix)
-    _choices.get([]).append(f"{chosen} ({matrix.kind}, {matrix.bits} bits)")
+    chosen = choose(backend, rows, matrix)
     return BACKENDS[chosen].run(rows, matrix).reshape(*x.shape[:-1], matrix.outputs)
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[str]]:
-    """Yields a list to which every `matmul` that is traced inside adds its backend and format."""
-    token = _choices.set([])
-    try:
-        yield _choices.get()
-    finally:
-        _choices.reset(token)
+def choose(name: str | None, x: Array | jax.ShapeDtypeStruct, matrix: Matrix) -> str:
+    """Returns the name of the backend that multiplies x (m, k): `name` if it is given and able, else the first."""
+    return backends.choose(name, BACKENDS, "multiply by this matrix", x, matrix)

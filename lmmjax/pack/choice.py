@@ -1,0 +1,55 @@
+"""Which format a linear is packed in: what is wished for, or the smallest that its zeros allow."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from kernels.weights import Matrix, WeightFormat, encode
+from lmmjax.errors import InputError
+
+PATTERNS = ("1:4", "2:4", "4:8", "8:16")
+"""What a kernel's zeros are tried for without being asked."""
+GROUPS = {8: None, 4: 64}
+"""Inputs that share a scale, by the bits of a code, where nothing is asked; None: a whole row."""
+
+
+class Wish(NamedTuple):
+    """What is asked for: "auto" or a kind of `WeightFormat`; bits (None: the floats stay as they are); a group."""
+
+    kind: str = "auto"
+    bits: int | None = None
+    group: int | None = None
+
+
+def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish) -> Matrix:
+    """Returns a kernel in the format that is wished for, or in the smallest of all that its zeros allow.
+
+    A bitmap that would be no smaller than all weights is not made: these are kept.
+
+    Raises:
+        InputError: the kernel is not of the pattern; `name` says which it is.
+    """
+    bits, group = wish.bits or 8 * kernel.dtype.itemsize, wish.group
+    group = GROUPS.get(bits) if group is None else group
+    kinds = {"auto": (*_patterns(kernel), "dense", "bitmap"), "bitmap": ("dense", "bitmap")}.get(
+        wish.kind, (wish.kind,)
+    )
+    counts = (kernel != 0).sum(0).tolist()
+    forms = [WeightFormat(kind, bits, group) for kind in kinds]
+    smallest = min(forms, key=lambda form: form.nbytes(kernel.shape[0], kernel.shape[1], counts))
+    try:
+        return encode(kernel, smallest)
+    except ValueError as error:
+        raise InputError(f"--weights: {name} cannot be packed as {wish.kind} ({error})") from error
+
+
+def _patterns(kernel: np.ndarray) -> Iterator[str]:
+    """Yields the patterns that a kernel's zeros are of."""
+    for pattern in PATTERNS:
+        n, m = map(int, pattern.split(":"))
+        if kernel.shape[0] % m == 0:
+            groups = kernel.reshape(-1, m, kernel.shape[1]) != 0
+            if groups.sum(1).max() <= n:
+                yield pattern

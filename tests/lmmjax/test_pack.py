@@ -1,0 +1,152 @@
+"""python -m lmmjax.pack: what is packed says and does the same as before, is as small as said, and comes back dense."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from said import one_line
+
+from convert import export
+from kernels.weights import Matrix
+from lmmjax import answer, engine, weights
+from lmmjax import checkpoint as checkpoints
+from lmmjax.linears import kernels_of, with_kernels
+from lmmjax.pack import __main__ as command
+from lmmjax.prompt import pad
+
+
+def zeroed(kernel: jax.Array, pattern: bool) -> jax.Array:
+    """The smaller half of an output's weights dropped, or of each four consecutive ones."""
+    size = np.abs(np.asarray(kernel))
+    grouped = size.reshape(-1, 4, size.shape[1]) if pattern else size[None]
+    ranks = grouped.argsort(1).argsort(1).reshape(size.shape)
+    return kernel * (ranks >= (2 if pattern else size.shape[0] // 2))
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """The random checkpoint with half of its weights zero, freely and two of every four."""
+    stored, paths = weights_of(checkpoint), {}
+    for name in ("bitmap", "2:4"):
+        text = dict(stored["text"])
+        for index in range(2):
+            layer = text[f"layers_{index}"]
+            kernels = {linear: zeroed(kernel, name == "2:4") for linear, kernel in kernels_of(layer).items()}
+            text[f"layers_{index}"] = with_kernels(layer, kernels)
+        paths[name] = tmp_path_factory.mktemp("pruned") / "model"
+        checkpoints.save(paths[name], {**stored, "text": text}, like=checkpoint, plan=None)
+    return paths
+
+
+def weights_of(path: Path):
+    return checkpoints.load(path).params
+
+
+def packed(model: Path, out: Path, *words: str) -> Path:
+    assert command.main(["--model", str(model), *words, str(out)]) == 0
+    return out
+
+
+def tokens_of(path: Path) -> list[list[int]]:
+    """Greedy answers to two prompts of text."""
+    model = checkpoints.load(path)
+    tokens, lengths = pad([[5, 6, 7, 8, 9], [20, 21, 22]])
+    return engine.generate(model.config, model.params, tokens, lengths, None, max_tokens=6)
+
+
+@pytest.mark.parametrize("kind", ["bitmap", "2:4"])
+def test_floats_packed_are_the_same_model(pruned, kind, tmp_path, capsys):
+    small = packed(pruned[kind], tmp_path / "small")
+    assert f"{kind} 32 0." in capsys.readouterr().out
+    before, after = weights_of(pruned[kind]), weights_of(small)
+    matrices = weights.matrices(after)
+    assert {matrix.kind for matrix in matrices} == {kind}
+    assert len(matrices) == 14
+    for name, leaf in flatten_dict(after, sep=".").items():
+        dense = leaf.dense() if isinstance(leaf, Matrix) else leaf
+        np.testing.assert_array_equal(dense, flatten_dict(before, sep=".")[name], err_msg=name)
+    assert tokens_of(small) == tokens_of(pruned[kind])
+
+
+def test_figures_are_those_of_the_files(pruned, tmp_path, capsys):
+    small = packed(pruned["2:4"], tmp_path / "small", "--bits", "8")
+    figures = json.loads((small / "packing.json").read_text())
+    assert figures["nbytes"] == sum(matrix.nbytes for matrix in weights.matrices(weights_of(small)))
+    kernels = [
+        kernel for i in range(2) for kernel in kernels_of(weights_of(pruned["2:4"])["text"][f"layers_{i}"]).values()
+    ]
+    assert figures["dense_bytes"] == sum(kernel.nbytes for kernel in kernels)
+    assert {row["kind"] for row in figures["linears"]} == {"2:4"}
+    assert f"all {figures['share']:.3f}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_mask_does_not_pay_for_is_kept_whole_and_said(checkpoint, tmp_path, capsys):
+    small = packed(checkpoint, tmp_path / "small", "--weights", "bitmap", "--bits", "4")
+    assert {matrix.kind for matrix in weights.matrices(weights_of(small))} == {"dense"}
+    assert "dense 4" in capsys.readouterr().out
+    assert checkpoints.load(small).plan is None
+
+
+def test_export_is_dense_again(pruned, tmp_path):
+    export.export(packed(pruned["bitmap"], tmp_path / "small"), tmp_path / "exported")
+    export.export(pruned["bitmap"], tmp_path / "expected")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "expected"))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_codes_are_exported_in_the_models_dtype(hf_checkpoint, tmp_path):
+    from convert import hf
+
+    hf.convert(hf_checkpoint(dtype="bfloat16"), tmp_path / "model")
+    export.export(packed(tmp_path / "model", tmp_path / "small", "--bits", "8"), tmp_path / "hf")
+    with safe_open(tmp_path / "hf" / "model.safetensors", "np") as file:
+        assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_an_outline_has_the_shapes_of_what_is_loaded(pruned, tmp_path):
+    small = packed(pruned["bitmap"], tmp_path / "small", "--bits", "4", "--group", "16")
+    outlined, loaded = checkpoints.outline(small).params, weights_of(small)
+    assert jax.tree.structure(outlined) == jax.tree.structure(loaded)
+    for shape, leaf in zip(jax.tree.leaves(outlined), jax.tree.leaves(loaded), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_an_answer_says_what_multiplies(pruned, tmp_path):
+    model = answer.load(packed(pruned["bitmap"], tmp_path / "small", "--bits", "8"))
+    found = answer.products(model.params)
+    assert sum(found.values()) == 14
+    assert all("(bitmap, 8 bits)" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--weights", "2:4"], "--weights: text.layers_0.attn.q.kernel cannot be packed as 2:4"),
+        (["--weights", "4:2"], "--weights, --group: kind: got '4:2', expected dense, bitmap or N:M"),
+        (["--group", "32"], "--group: got 32 without scales to share"),
+        (["--bits", "8", "--group", "0"], "group: got 0, expected at least 1"),
+    ],
+)
+def test_bad_wishes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capfd, words, said):
+    out = tmp_path / "small"
+    assert command.main(["--model", str(checkpoint), *words, str(out)]) == 2
+    assert said in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_packed_models_are_not_compressed_again(checkpoint, tmp_path, capsys):
+    small = packed(checkpoint, tmp_path / "small", "--bits", "8")
+    capsys.readouterr()
+    assert command.main(["--model", str(small), str(tmp_path / "again")]) == 2
+    assert "is packed already" in one_line(capsys)
+    from lmmjax.prune import __main__ as prune
+
+    assert prune.main(["--model", str(small), "--sparsity", "0.5", str(tmp_path / "pruned")]) == 2
+    assert "compressed already" in one_line(capsys)

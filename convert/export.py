@@ -1,4 +1,4 @@
-"""lmmjax -> Hugging Face: python -m convert.export DST HF_DIR."""
+"""lmmjax -> Hugging Face: python -m convert.export [--packed] DST HF_DIR."""
 
 import argparse
 import sys
@@ -34,10 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="DST", type=Path, help="an lmmjax checkpoint")
     parser.add_argument("target", metavar="HF_DIR", type=Path, help="the directory to be made")
+    parser.add_argument(
+        "--packed", action="store_true", help="safetensors of packed weights as they are (see docs/weights.md)"
+    )
     args = parser.parse_args(argv)
 
     def command() -> int:
-        export(args.source, args.target)
+        if args.packed:
+            from convert.packed import export_packed
+
+            export_packed(args.source, args.target)
+        else:
+            export(args.source, args.target)
         return 0
 
     return exit_code(command)

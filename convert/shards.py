@@ -13,7 +13,7 @@ import numpy as np
 
 from convert.names import Shape
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int8": "I8", "uint8": "U8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,16 @@ class Entry:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def write(directory: Path, entries: Sequence[Entry], tensors: Iterable[np.ndarray], most: int) -> None:
-    """Writes model.safetensors, or shards of at most `most` bytes and their index; tensors in the entries' order."""
+def write(
+    directory: Path, entries: Sequence[Entry], tensors: Iterable[np.ndarray], most: int, stem: str = "model"
+) -> None:
+    """Writes STEM.safetensors, or shards of at most `most` bytes and their index; tensors in the entries' order."""
     shards = list(_split(entries, most))
     stream = iter(tensors)
     weight_map = {}
     for number, shard in enumerate(shards):
         suffix = f"-{number + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = directory / f"model{suffix}.safetensors"
+        file = directory / f"{stem}{suffix}.safetensors"
         with open(file, "xb") as out:
             out.write(_header(shard))
             for entry in shard:
@@ -44,7 +46,7 @@ def write(directory: Path, entries: Sequence[Entry], tensors: Iterable[np.ndarra
         weight_map.update({entry.name: file.name for entry in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _split(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny_checkpoints import hf_config, random_tensors, write_hf
 
 from convert import hf
 from lmmjax import engine
+from lmmjax.checkpoint import load, save
+from lmmjax.linears import kernels_of, with_kernels
+from lmmjax.llava import Params
 
 # Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time. On a
 # GPU they prove what users run.
@@ -41,6 +45,27 @@ def checkpoint(hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Temp
     target = tmp_path_factory.mktemp("lmmjax") / "model"
     hf.convert(hf_checkpoint(), target)
     return target
+
+
+@pytest.fixture(scope="session")
+def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`checkpoint` as it is ("dense") and with half of its weights zero, the smaller: of an output, or of each four."""
+    stored, paths = load(checkpoint).params, {"dense": checkpoint}
+    for name, most in (("bitmap", None), ("2:4", 4)):
+        layers = {f"layers_{i}": _halved(stored["text"][f"layers_{i}"], most) for i in range(2)}
+        paths[name] = tmp_path_factory.mktemp("pruned") / "model"
+        save(paths[name], stored | {"text": stored["text"] | layers}, like=checkpoint, plan=None)
+    return paths
+
+
+def _halved(layer: Params, together: int | None) -> Params:
+    """The smaller half of all inputs of an output dropped, or of each so many."""
+    kernels = {}
+    for name, kernel in kernels_of(layer).items():
+        size = np.abs(np.asarray(kernel)).reshape(-1, together or len(kernel), kernel.shape[1])
+        ranks = size.argsort(1).argsort(1)
+        kernels[name] = kernel * (ranks >= size.shape[1] // 2).reshape(kernel.shape)
+    return with_kernels(layer, kernels)
 
 
 @pytest.fixture

@@ -15,32 +15,9 @@ from convert import export
 from kernels.weights import Matrix
 from lmmjax import answer, engine, weights
 from lmmjax import checkpoint as checkpoints
-from lmmjax.linears import kernels_of, with_kernels
+from lmmjax.linears import kernels_of
 from lmmjax.pack import __main__ as command
 from lmmjax.prompt import pad
-
-
-def zeroed(kernel: jax.Array, pattern: bool) -> jax.Array:
-    """The smaller half of an output's weights dropped, or of each four consecutive ones."""
-    size = np.abs(np.asarray(kernel))
-    grouped = size.reshape(-1, 4, size.shape[1]) if pattern else size[None]
-    ranks = grouped.argsort(1).argsort(1).reshape(size.shape)
-    return kernel * (ranks >= (2 if pattern else size.shape[0] // 2))
-
-
-@pytest.fixture(scope="module")
-def pruned(checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """The random checkpoint with half of its weights zero, freely and two of every four."""
-    stored, paths = weights_of(checkpoint), {}
-    for name in ("bitmap", "2:4"):
-        text = dict(stored["text"])
-        for index in range(2):
-            layer = text[f"layers_{index}"]
-            kernels = {linear: zeroed(kernel, name == "2:4") for linear, kernel in kernels_of(layer).items()}
-            text[f"layers_{index}"] = with_kernels(layer, kernels)
-        paths[name] = tmp_path_factory.mktemp("pruned") / "model"
-        checkpoints.save(paths[name], {**stored, "text": text}, like=checkpoint, plan=None)
-    return paths
 
 
 def weights_of(path: Path):

@@ -1,0 +1,61 @@
+"""A packed checkpoint as safetensors that others can read: arrays under Hugging Face's names, and what they are.
+
+A weight that is packed lies as NAME.values, NAME.mask, NAME.scales and NAME.starts; packed.json says of each NAME its
+kind, inputs, bits and group. All others lie under their own names. The layout is in docs/weights.md.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import SHARD_BYTES, shards
+from convert.names import Slot, slots
+from kernels.weights import Matrix, formats
+from lmmjax import checkpoint, files, weights
+from lmmjax.config import from_hf
+
+
+def export_packed(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the lmmjax checkpoint `source` as the directory `target`, a tensor in memory.
+
+    Raises:
+        InputError: `source` is no whole checkpoint, or `target` exists.
+    """
+    checkpoint.describe(source)
+    reader = weights.Reader(source / "params")
+    config = from_hf(checkpoint.read_json(source / "config.json"))
+    places = [slot for slot in slots(config) if slot.leaf in reader.leaves]
+    with files.atomic_directory(target) as temporary:
+        entries = [entry for slot in places for entry in _entries(slot, reader.leaves)]
+        shards.write(temporary, entries, _tensors(places, reader), shard_bytes, "packed")
+        (temporary / "packed.json").write_text(json.dumps(_facts(places, reader.leaves), indent=1))
+        for file in (source / "config.json", *checkpoint.carried_files(source)):
+            shutil.copyfile(file, temporary / file.name)
+
+
+def _entries(slot: Slot, leaves: Mapping[str, Any]) -> list[shards.Entry]:
+    leaf = leaves[slot.leaf]
+    if not isinstance(leaf, Matrix):
+        return [shards.Entry(slot.name, slot.shape, np.dtype(leaf.dtype))]
+    return [
+        shards.Entry(f"{slot.name}.{field}", array.shape, np.dtype(array.dtype))
+        for field, array in formats.arrays(leaf).items()
+    ]
+
+
+def _tensors(places: Sequence[Slot], reader: weights.Reader) -> Iterator[np.ndarray]:
+    for slot in places:
+        leaf = reader.read([slot.leaf])[slot.leaf]
+        if isinstance(leaf, Matrix):  # which lies by output, as Hugging Face's weights do
+            yield from map(np.asarray, formats.arrays(leaf).values())
+        else:
+            yield slot.to_theirs(leaf)
+
+
+def _facts(places: Sequence[Slot], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    named = ((slot.name, leaves[slot.leaf]) for slot in places)
+    return {name: formats.described(leaf) for name, leaf in named if isinstance(leaf, Matrix)}

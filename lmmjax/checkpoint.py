@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lmmjax
-from kernels.weights import Matrix
+from kernels.weights import Matrix, Table
 from lmmjax import files, weights
 from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
@@ -262,7 +262,9 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _cast(leaf: Any, dtype: str | None) -> Any:
-    """Returns the shape of a leaf that is cast when it is loaded; a matrix without its zeros is not."""
+    """Returns the shape of a leaf that is cast when it is loaded; a packed matrix is not, but what a table gives is."""
+    if isinstance(leaf, Table):
+        return leaf.replace(dtype=dtype or leaf.dtype)
     return leaf if isinstance(leaf, Matrix) else jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
 
 

@@ -1,5 +1,7 @@
 """The building blocks that the parts of the model share: Linear, RMSNorm and the activations."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,21 @@ ACTIVATIONS = {
 }
 
 
+def leaf(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
+    """Returns a parameter of any type: one that is there as it is, otherwise a new array.
+
+    `param` alone would insist on the initializer's shape, which a packed matrix's arrays do not have.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
 class Linear(nn.Module):
     """y = x @ kernel (+ bias), for a kernel leaf of any type.
 
-    A leaf that is no plain array (a masked, sparse or quantized matrix) takes part by implementing
-    `__rmatmul__`, so neither this layer nor the model knows which kinds exist. `self.param` would insist on
-    the initializer's shape, hence the look into the collection first.
+    A leaf that is no plain array (a sparse or quantized matrix) takes part by implementing `__rmatmul__`, so neither
+    this layer nor the model knows which kinds exist.
     """
 
     features: int
@@ -25,11 +36,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel
+        y = x @ leaf(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return y

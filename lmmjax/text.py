@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kernels.rope import Rotation, rotations
 from lmmjax.attention import Attend
 from lmmjax.config import TextConfig
-from lmmjax.layers import Linear, RMSNorm
+from lmmjax.layers import Linear, RMSNorm, leaf
 
 
 class Attention(nn.Module):
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (config.vocab, config.width))
+        self.embedding = leaf(self, "embedding", nn.initializers.normal(0.02), (config.vocab, config.width))
         self.layers = [DecoderLayer(config) for _ in range(config.layers)]
         self.norm = RMSNorm(config.eps)
         if not config.tied:
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
         """Returns the embeddings; a placeholder beyond the vocabulary takes any row, to be overwritten."""
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        return self.embedding.take(tokens, axis=0, mode="clip")
 
     def __call__(
         self, x: Float[Array, "b t e"], positions: Int[Array, "b t"], attends: Sequence[Attend]

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
-from kernels.weights import Matrix, formats
+from kernels.weights import Matrix, Table, formats
 from lmmjax.errors import InputError, first_line
 from lmmjax.llava import Params
 
@@ -138,7 +138,12 @@ def read_tree(directory: Path, dtype: DTypeLike | None, device: jax.Device) -> P
             for name, leaf in part.items()
         }
         found |= _load(path, like)
-    return unflatten_dict(_gathered(found, matrices), sep=".")
+    whole = _gathered(found, matrices)
+    if dtype is not None:  # what tables give is cast, as plain embeddings are
+        whole = {
+            name: leaf.replace(dtype=str(dtype)) if isinstance(leaf, Table) else leaf for name, leaf in whole.items()
+        }
+    return unflatten_dict(whole, sep=".")
 
 
 def _matrices(directory: Path) -> dict[str, Any]:

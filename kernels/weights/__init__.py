@@ -11,9 +11,9 @@ A matrix has K inputs and R outputs and lies by output: row r holds the weights 
 - The bytes that `WeightFormat.nbytes` predicts are those of the arrays.
 """
 
-from kernels.weights.encode import encode
+from kernels.weights.encode import encode, encode_table
 from kernels.weights.format import WeightFormat
-from kernels.weights.formats import NM, Bitmap, Full, Matrix
+from kernels.weights.formats import NM, Bitmap, Full, Matrix, Table
 from kernels.weights.matmul import matmul
 
-__all__ = ["NM", "Bitmap", "Full", "Matrix", "WeightFormat", "encode", "matmul"]
+__all__ = ["NM", "Bitmap", "Full", "Matrix", "Table", "WeightFormat", "encode", "encode_table", "matmul"]

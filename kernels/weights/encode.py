@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from kernels.weights import codes, masks
 from kernels.weights.format import WeightFormat
-from kernels.weights.formats import Matrix, assembled
+from kernels.weights.formats import Matrix, Table, assembled
 
 
 def encode(kernel: Float[np.ndarray, "k r"], form: WeightFormat) -> Matrix:
@@ -28,6 +28,12 @@ def encode(kernel: Float[np.ndarray, "k r"], form: WeightFormat) -> Matrix:
         return assembled(facts, {**arrays, **_run(rows, kept, form.bits)})
     values = np.ascontiguousarray(rows) if kept is None else rows[kept].reshape(rows.shape[0], -1)
     return assembled(facts, {**arrays, "values": codes.stored(values, form.bits)})
+
+
+def encode_table(embedding: Float[np.ndarray, "v e"], bits: int, group: int | None = None) -> Table:
+    """Returns embeddings as codes of so many bits; rows come out in the dtype that they have now."""
+    full = encode(np.asarray(embedding).T, WeightFormat("dense", bits, group))
+    return Table(full.values, full.scales, full.inputs, full.bits, full.group, str(embedding.dtype))
 
 
 def _kept(rows: np.ndarray, form: WeightFormat) -> np.ndarray | None:

@@ -1,5 +1,6 @@
-"""The three ways to keep a weight matrix, as pytrees: Full, NM and Bitmap. Their laws stand in the package."""
+"""The ways to keep a weight matrix, as pytrees: Full, NM and Bitmap, and a Table of embeddings. Laws: the package."""
 
+import functools
 from typing import Any
 
 import jax
@@ -91,6 +92,38 @@ class Full(Matrix):
         return self._scaled(codes.numbers(self.values, self.bits, self.inputs))
 
 
+class Table(Full):
+    """Embeddings of a vocabulary: shape (outputs, inputs), a row a token; its transpose is the matrix of the logits.
+
+    `dtype` is what rows come out in.
+    """
+
+    dtype: str = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
+    @property
+    def kind(self) -> str:
+        return "table"
+
+    @property
+    def T(self) -> Full:
+        """The matrix from `inputs` features to `outputs` tokens."""
+        return Full(self.values, self.scales, self.inputs, self.bits, self.group)
+
+    def dense(self) -> Float[Array, "v e"]:
+        return self.rows().astype(self.dtype)
+
+    def take(self, tokens: Int[Array, "*any"], axis: int = 0, mode: str = "clip") -> Float[Array, "*any e"]:
+        """Returns tokens' rows, as the method of arrays does."""
+        at = functools.partial(jnp.take, indices=tokens, axis=axis, mode=mode)
+        scales = None if self.scales is None else at(self.scales).reshape(-1, self.scales.shape[1])
+        chosen = Full(at(self.values).reshape(-1, self.values.shape[1]), scales, self.inputs, self.bits, self.group)
+        return chosen.rows().astype(self.dtype).reshape(*tokens.shape, self.inputs)
+
+
 class NM(Matrix):
     """n of every m consecutive inputs kept: mask (R, B), values (R, P), P = K / m * n; of int4 (R, ceil(P / 2))."""
 
@@ -152,12 +185,13 @@ class Bitmap(Matrix):
         return self._scaled(jnp.where(kept, jnp.take(values, at, mode="clip"), 0))
 
 
-KINDS: dict[str, type[Matrix]] = {"dense": Full, "bitmap": Bitmap, "n:m": NM}
+KINDS: dict[str, type[Matrix]] = {"dense": Full, "table": Table, "bitmap": Bitmap, "n:m": NM}
 
 
 def described(matrix: Matrix) -> dict[str, Any]:
     """Returns a matrix's static facts, ready for JSON: with its arrays by name they are the matrix."""
-    return {"kind": matrix.kind, "inputs": matrix.inputs, "bits": matrix.bits, "group": matrix.group}
+    names = ("kind", "inputs", "bits", "group", "dtype")
+    return {name: fact for name in names if (fact := getattr(matrix, name, None)) is not None}
 
 
 def arrays(matrix: Matrix) -> dict[str, Array]:
@@ -172,12 +206,12 @@ def assembled(facts: dict[str, Any], arrays: dict[str, Any]) -> Matrix:
     Raises:
         ValueError: a kind that is not known, or arrays that do not belong to it.
     """
-    kind, static = facts["kind"], {name: facts[name] for name in ("inputs", "bits", "group")}
+    kind, static = facts["kind"], {name: fact for name, fact in facts.items() if name != "kind"}
     if ":" in kind:
         n, m = map(int, kind.split(":"))
         kind, static = "n:m", {**static, "n": n, "m": m}
     if kind not in KINDS:
-        raise ValueError(f"kind: got {facts['kind']!r}, expected dense, bitmap or N:M")
+        raise ValueError(f"kind: got {facts['kind']!r}, expected dense, table, bitmap or N:M")
     try:
         return KINDS[kind](**{"scales": None, **arrays}, **static)
     except TypeError as error:

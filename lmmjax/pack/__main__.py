@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
         " zeros allow (default: %(default)s)")  # fmt: skip
     add("--bits", type=int, choices=(8, 4), help="of the values; by default they stay floats, unchanged")
     add("--group", type=int, metavar="N", help="inputs that share a scale (default: a row at 8 bits, 64 at 4)")
+    add("--head", type=int, choices=(8, 4), help="bits of what makes the logits, too: the head, or the embeddings that"
+        " are both; left alone by default")  # fmt: skip
     return parser
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from kernels.weights import Matrix, WeightFormat, encode
+from kernels.weights import Matrix, WeightFormat, encode, encode_table
 from lmmjax.errors import InputError
 
 PATTERNS = ("1:4", "2:4", "4:8", "8:16")
@@ -15,12 +15,20 @@ GROUPS = {8: None, 4: 64}
 """Inputs that share a scale, by the bits of a code, where nothing is asked; None: a whole row."""
 
 
+EMBEDDING, HEAD = "text.embedding", "text.lm_head.kernel"
+"""Leaves that make the logits: the first where a model's head is tied to its embeddings."""
+
+
 class Wish(NamedTuple):
-    """What is asked for: "auto" or a kind of `WeightFormat`; bits (None: the floats stay as they are); a group."""
+    """What is asked for: "auto" or a kind of `WeightFormat`; bits (None: the floats stay as they are); a group.
+
+    `head` are the bits of what makes the logits; None leaves it alone.
+    """
 
     kind: str = "auto"
     bits: int | None = None
     group: int | None = None
+    head: int | None = None
 
 
 def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish) -> Matrix:
@@ -43,6 +51,13 @@ def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish) -> Matrix:
         return encode(kernel, smallest)
     except ValueError as error:
         raise InputError(f"--weights: {name} cannot be packed as {wish.kind} ({error})") from error
+
+
+def pack_head(name: str, leaf: Float[np.ndarray, "a b"], bits: int) -> Matrix:
+    """Returns what makes the logits, in codes: the head's kernel, or the embeddings where these are both."""
+    if name == EMBEDDING:
+        return encode_table(leaf, bits, GROUPS[bits])
+    return encode(leaf, WeightFormat("dense", bits, GROUPS[bits]))
 
 
 def _patterns(kernel: np.ndarray) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What packing has come to, as text and as JSON: one row a linear."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from lmmjax.machine import size
 
 
 class Row(NamedTuple):
-    """A linear as it is packed: its format, the share of zeros, and bytes before and after."""
+    """A linear as it is packed: its format, the share of zeros, and bytes before and after. The head has no layer."""
 
-    layer: int
+    layer: int | None
     linear: str
     kind: str
     bits: int
@@ -29,7 +30,7 @@ class Row(NamedTuple):
         return self.nbytes / self.dense_bytes
 
 
-def row(layer: int, linear: str, kernel: Float[np.ndarray, "in out"], matrix: Matrix) -> Row:
+def row(layer: int | None, linear: str, kernel: Float[np.ndarray, "in out"], matrix: Matrix) -> Row:
     """Returns what packing a linear has come to."""
     group = matrix.group if matrix.bits <= 8 else None
     zeros = 1 - np.count_nonzero(kernel) / kernel.size
@@ -40,17 +41,23 @@ def text(rows: Sequence[Row]) -> str:
     """Returns a line a layer: each linear's format and its bytes as a share of the dense ones."""
     head = f"{'layer':>5} {'bytes':>6}" + "".join(f"{name:>17}" for name in LINEARS)
     lines = ["each linear: format, bits of a value, bytes as a share of what they were", "", head]
-    for layer in sorted({one.layer for one in rows}):
-        of = {one.linear: one for one in rows if one.layer == layer}
+    linears = [one for one in rows if one.layer is not None]
+    for layer, of_layer in itertools.groupby(linears, key=lambda one: one.layer):
+        of = {one.linear: one for one in of_layer}
         cells = "".join(f"{_cell(of[name]):>17}" for name in LINEARS)
         lines.append(f"{layer:>5} {_share(of.values()):>6.3f}{cells}")
-    return "\n".join([*lines, f"{'all':>5} {_share(rows):>6.3f}", "", *_facts(rows)])
+    head = [f"head: {_cell(one)}" for one in rows if one.layer is None]
+    return "\n".join([*lines, f"{'all':>5} {_share(linears):>6.3f}", "", *_facts(linears), *head])
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the figures as plain values: of all, and a row a linear."""
-    sums = {name: sum(getattr(one, name) for one in rows) for name in ("dense_bytes", "nbytes")}
-    return {**sums, "share": _share(rows), "linears": [{**one._asdict(), "share": one.share} for one in rows]}
+    """Returns the figures as plain values: of all linears, a row each, and the head's if it is packed."""
+    linears = [one for one in rows if one.layer is not None]
+    heads = [one for one in rows if one.layer is None]
+    sums = {name: sum(getattr(one, name) for one in linears) for name in ("dense_bytes", "nbytes")}
+    named = {"linears": linears, "head": heads}
+    each = {name: [{**one._asdict(), "share": one.share} for one in of] for name, of in named.items()}
+    return {**sums, "share": _share(linears), **each}
 
 
 def _share(rows: Iterable[Row]) -> float:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kernels.weights import Matrix, WeightFormat
 from lmmjax import checkpoint, files, machine, runtime, weights
-from lmmjax.config import LINEARS
+from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 from lmmjax.linears import path_of
 from lmmjax.pack import choice, report
@@ -39,7 +39,7 @@ def _asked(args: argparse.Namespace) -> Wish:
         WeightFormat("dense" if args.weights == "auto" else args.weights, args.bits or 16, args.group)
     except ValueError as error:
         raise InputError(f"--weights, --group: {error}") from error
-    return Wish(args.weights, args.bits, args.group)
+    return Wish(args.weights, args.bits, args.group, args.head)
 
 
 def _write(args: argparse.Namespace, path: Path, wish: Wish) -> list[Row]:
@@ -49,7 +49,7 @@ def _write(args: argparse.Namespace, path: Path, wish: Wish) -> list[Row]:
     beside: dict[str, bytes] = {}
     carried = checkpoint.carried_files(path)
     with checkpoint.writer(args.out, (path / "config.json").read_bytes(), carried, plan, beside) as leaves:
-        for name, leaf, row in _packed(weights.Reader(path / "params"), config.text.layers, wish):
+        for name, leaf, row in _packed(weights.Reader(path / "params"), config.text, wish):
             leaves.add(name, leaf)
             rows += [row] if row else []
         figures = {"about": machine.facts("lmmjax.pack", args.words), **report.as_json(rows)}
@@ -57,18 +57,24 @@ def _write(args: argparse.Namespace, path: Path, wish: Wish) -> list[Row]:
     return rows
 
 
-def _packed(reader: weights.Reader, layers: int, wish: Wish) -> Iterator[tuple[str, Any | Matrix, Row | None]]:
-    """Yields all leaves by name: linears packed, with what that came to, then all others as they are."""
+def _packed(reader: weights.Reader, text: TextConfig, wish: Wish) -> Iterator[tuple[str, Any | Matrix, Row | None]]:
+    """Yields all leaves by name: linears packed, with what that came to, the head if asked, and others as they are."""
     others = set(reader.leaves)
-    for index in tqdm(range(layers), "pack", unit="layer", file=sys.stderr):
+    for index in tqdm(range(text.layers), "pack", unit="layer", file=sys.stderr):
         linears = {path_of(index, linear): linear for linear in LINEARS}
         kernels = reader.read(linears)
         for name, linear in linears.items():
             matrix = choice.pack(name, kernels[name], wish)
             yield name, matrix, report.row(index, linear, kernels[name], matrix)
         others -= set(linears)
-    for name, leaf in reader.read(others).items():
-        yield name, leaf, None
+    head = choice.EMBEDDING if text.tied else choice.HEAD
+    for name in sorted(others):
+        leaf = reader.read([name])[name]
+        if name == head and wish.head:
+            matrix = choice.pack_head(name, leaf, wish.head)
+            yield name, matrix, report.row(None, "head", leaf, matrix)
+        else:
+            yield name, leaf, None
 
 
 def _on_disk(path: Path) -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -11,10 +12,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from said import one_line
 
-from convert import export
+from convert import export, hf
 from kernels.weights import Matrix
-from lmmjax import answer, engine, weights
+from lmmjax import answer, engine, llava, weights
 from lmmjax import checkpoint as checkpoints
+from lmmjax.attention import causal
 from lmmjax.linears import kernels_of
 from lmmjax.pack import __main__ as command
 from lmmjax.prompt import pad
@@ -79,16 +81,33 @@ def test_export_is_dense_again(pruned, tmp_path):
 
 
 def test_codes_are_exported_in_the_models_dtype(hf_checkpoint, tmp_path):
-    from convert import hf
-
     hf.convert(hf_checkpoint(dtype="bfloat16"), tmp_path / "model")
-    export.export(packed(tmp_path / "model", tmp_path / "small", "--bits", "8"), tmp_path / "hf")
+    export.export(packed(tmp_path / "model", tmp_path / "small", "--bits", "8", "--head", "8"), tmp_path / "hf")
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as file:
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_head_of_8_bits_moves_logits_little(hf_checkpoint, tied, tmp_path):
+    hf.convert(hf_checkpoint(text={"tie_word_embeddings": tied}), tmp_path / "model")
+    small = packed(tmp_path / "model", tmp_path / "small", "--head", "8")
+    before, after = checkpoints.load(tmp_path / "model"), checkpoints.load(small)
+    leaf = after.params["text"]["embedding"] if tied else after.params["text"]["lm_head"]["kernel"]
+    assert (leaf.kind, leaf.shape) == (("table", (264, 32)) if tied else ("dense", (32, 264)))
+    assert engine.new_cache(after.config, after.params, None, 1, 16).layers[0][0].dtype == jnp.float32
+    tokens = jnp.arange(5, 17).reshape(2, 6)
+
+    def logits(model):
+        x = llava.embed(model.config, model.params, tokens)
+        states = llava.forward(model.config, model.params, x, jnp.tile(jnp.arange(6), (2, 1)), causal(2, 6))
+        return np.asarray(llava.logits(model.config, model.params, states))
+
+    expected, found = logits(before), logits(after)
+    assert 0 < np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def test_an_outline_has_the_shapes_of_what_is_loaded(pruned, tmp_path):
-    small = packed(pruned["bitmap"], tmp_path / "small", "--bits", "4", "--group", "16")
+    small = packed(pruned["bitmap"], tmp_path / "small", "--bits", "4", "--group", "16", "--head", "4")
     outlined, loaded = checkpoints.outline(small).params, weights_of(small)
     assert jax.tree.structure(outlined) == jax.tree.structure(loaded)
     for shape, leaf in zip(jax.tree.leaves(outlined), jax.tree.leaves(loaded), strict=True):

@@ -58,12 +58,12 @@ def numbers(word: Int[Array, "n m"], shifted: Int[Array, "n m"], field: Field, i
         return jax.lax.bitcast_convert_type((source & field.mask) | _HALF_1024, jnp.float16)
     # One instruction for two words. The compiler itself would take words apart first.
     asm = f"lop3.b32 $0, $1, {field.mask * _PAIR:#x}, {_HALF_1024 * _PAIR:#x}, 0xEA;"
-    return _asm(asm, [source], jnp.float16, "=r,r", 2)
+    return inline(asm, [source], jnp.float16, "=r,r", 2)
 
 
 def a_byte_further(word: Int[Array, "n m"], interpret: bool) -> Int[Array, "n m"]:
     """Returns words whose lower byte is the upper one of these; the upper one is whatever comes along."""
-    return word >> 8 if interpret else _asm("shr.b32 $0, $1, 8;", [word], jnp.int16, "=r,r", 2)
+    return word >> 8 if interpret else inline("shr.b32 $0, $1, 8;", [word], jnp.int16, "=r,r", 2)
 
 
 def further(word: Int[Array, "n m"], bits: Int[Array, ""], interpret: bool) -> Int[Array, "n m"]:
@@ -72,7 +72,7 @@ def further(word: Int[Array, "n m"], bits: Int[Array, ""], interpret: bool) -> I
     if interpret:
         return word >> each
     asm = "{ .reg .b32 n; and.b32 n, $2, 255; shr.b32 $0, $1, n; }"
-    return _asm(asm, [word, each], jnp.int16, "=r,r,r", 2)
+    return inline(asm, [word, each], jnp.int16, "=r,r,r", 2)
 
 
 def metadata(x: Array) -> Float[Array, "*any"]:
@@ -93,11 +93,10 @@ def exp2(x: Float[Array, "*any"], interpret: bool) -> Float[Array, "*any"]:
     """Returns 2^x in one instruction: x is not above 0, and what it gives below the normal numbers may as well be 0."""
     if interpret or not x.ndim:
         return jnp.exp2(x)
-    return _asm("ex2.approx.ftz.f32 $0, $1;", [x], jnp.float32, "=f,f", 1)
+    return inline("ex2.approx.ftz.f32 $0, $1;", [x], jnp.float32, "=f,f", 1)
 
 
-def _asm(asm: str, args: list[Array], dtype: DTypeLike, constraints: str, pack: int) -> Array:
-    result = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
-    return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=pack, result_shape_dtypes=result)[
-        0
-    ]
+def inline(asm: str, args: list[Array], dtype: DTypeLike, constraints: str, pack: int) -> Array:
+    """Returns what PTX makes of arrays' elements, `pack` of them at a time."""
+    out = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
+    return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]

@@ -1,0 +1,1 @@
+"""Rows of activations times weight matrices on GPUs: words as they lie in memory go into the matrix units."""

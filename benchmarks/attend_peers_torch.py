@@ -70,11 +70,11 @@ def _entrant(call: Call, shape: Shape, working_set: int) -> Entrant:
         out = call(q[0], *layers[0])
     at = corners(shape.batch, shape.kv_heads)
     error = relative_error(*(x[at].float().cpu().numpy() for x in (out, q[0], *layers[0])))
-    run, note = _launcher(call, q[0], layers)
-    return Entrant(run, lambda _: _synchronize(), len(layers), shape.nbytes, error, note)
+    run, note = launcher(call, q[0], layers)
+    return Entrant(run, lambda _: synchronize(), len(layers), shape.nbytes, error, note)
 
 
-def _launcher(call: Call, q: torch.Tensor, layers: Sequence[Sequence[torch.Tensor]]) -> tuple[Callable[[], None], str]:
+def launcher(call: Call, q: torch.Tensor, layers: Sequence[Sequence[torch.Tensor]]) -> tuple[Callable[[], None], str]:
     """Returns what calls on all layers, and how: as one CUDA graph, so that launches cost next to nothing."""
 
     @torch.inference_mode()
@@ -85,14 +85,14 @@ def _launcher(call: Call, q: torch.Tensor, layers: Sequence[Sequence[torch.Tenso
     one_by_one()
     if not torch.cuda.is_available():
         return one_by_one, "calls"
-    _synchronize()
+    synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         # JAX's threads, idle now, are none of the graph's business.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             one_by_one()
         graph.replay()
-        _synchronize()
+        synchronize()
     except RuntimeError:
         return one_by_one, "calls"
     return graph.replay, "graph"
@@ -111,6 +111,6 @@ def _layers(shape: Shape, count: int) -> list[tuple[torch.Tensor, ...]]:
     return [(queries,), *((normal(*shape.side), normal(*shape.side)) for _ in range(count))]
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

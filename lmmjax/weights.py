@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
 from kernels.weights import Matrix, Table, formats
+from kernels.weights.matmul import placed
 from lmmjax.errors import InputError, first_line
 from lmmjax.llava import Params
 
@@ -138,7 +139,9 @@ def read_tree(directory: Path, dtype: DTypeLike | None, device: jax.Device) -> P
             for name, leaf in part.items()
         }
         found |= _load(path, like)
-    whole = _gathered(found, matrices)
+    whole = {
+        name: placed(leaf) if isinstance(leaf, Matrix) else leaf for name, leaf in _gathered(found, matrices).items()
+    }
     if dtype is not None:  # what tables give is cast, as plain embeddings are
         whole = {
             name: leaf.replace(dtype=str(dtype)) if isinstance(leaf, Table) else leaf for name, leaf in whole.items()

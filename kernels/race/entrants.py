@@ -108,9 +108,7 @@ def relative_error(
     scores = np.einsum("rkgd,rksd->rkgs", q, k) * q.shape[-1] ** -0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     exact = np.einsum("rkgs,rksd->rkgd", weights / weights.sum(-1, keepdims=True), v)
-    rounded = exact.astype(jnp.bfloat16).astype(np.float64)
-    whole, rounding = (float(np.linalg.norm(x - exact) / np.linalg.norm(exact)) for x in (out, rounded))
-    return Error(whole, rounding)
+    return Error.of(out, exact)
 
 
 def _chained(

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
+from kernels.cases import relative_error
 from kernels.race import noise
 
 
@@ -17,6 +20,11 @@ class Error(NamedTuple):
 
     whole: float
     rounding: float
+
+    @classmethod
+    def of(cls, out: Float[np.ndarray, "*any"], exact: Float[np.ndarray, "*any"]) -> "Error":
+        """Returns the error of a result; `exact` is in float64."""
+        return cls(relative_error(out, exact), relative_error(exact.astype(jnp.bfloat16), exact))
 
 
 class Entrant(NamedTuple):

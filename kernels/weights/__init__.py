@@ -8,12 +8,12 @@ A matrix has K inputs and R outputs and lies by output: row r holds the weights 
 - A weight is code * scale in float32, exactly; `group` consecutive inputs of a row share a scale (bfloat16), which is
   taken from the kept weights alone. |weight - code * scale| <= scale / 2 unless a smaller range was found better.
 - Floats come back as they went in: encode, then dense, is the identity.
+- The op on them is `kernels.weights.matmul.matmul`; `x @ matrix` is the same.
 - The bytes that `WeightFormat.nbytes` predicts are those of the arrays.
 """
 
 from kernels.weights.encode import encode, encode_table
 from kernels.weights.format import WeightFormat
 from kernels.weights.formats import NM, Bitmap, Full, Matrix, Table
-from kernels.weights.matmul import matmul
 
-__all__ = ["NM", "Bitmap", "Full", "Matrix", "Table", "WeightFormat", "encode", "encode_table", "matmul"]
+__all__ = ["NM", "Bitmap", "Full", "Matrix", "Table", "WeightFormat", "encode", "encode_table"]

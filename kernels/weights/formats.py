@@ -15,7 +15,7 @@ class Matrix(struct.PyTreeNode):
     """What the formats have in common: kept values by output row, their scales if they are codes, and static facts.
 
     `bits` are a value's: 32 or 16 of a float, 8 or 4 of a code. `group` inputs share a scale; without scales it says
-    nothing. `x @ matrix` is `kernels.weights.matmul(x, matrix)`.
+    nothing. `x @ matrix` is `kernels.weights.matmul.matmul(x, matrix)`.
     """
 
     values: Array

@@ -6,7 +6,11 @@ from jaxtyping import Array, Float
 
 from kernels import backends
 from kernels.backends import Backend
-from kernels.weights.formats import Matrix
+from kernels.cpu import matmul as cpu
+from kernels.gpu import device
+from kernels.gpu.weights import matmul as triton
+from kernels.gpu.weights.arrange import arranged, why_not
+from kernels.weights.formats import Matrix, Table
 
 
 def unpacked(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
@@ -16,9 +20,21 @@ def unpacked(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
 
 
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(cpu.run, cpu.unsupported),
+    "triton": Backend(triton.run, triton.unsupported),
+    "rounded": Backend(triton.unpacked, triton.not_unpacked),
     "unpacked": Backend(unpacked, lambda *_: None),
 }
-"""In order of preference: without a choice, the first that has no reason against it runs."""
+"""In order of preference: without a choice, the first that has no reason against it runs.
+
+cpu reads weights as they are kept, and so does triton for a few rows; rounded is a GPU's for more of them.
+"""
+
+
+def placed(matrix: Matrix) -> Matrix:
+    """Returns a matrix as this device's kernels read it: to be called once, when it is loaded."""
+    gpu = device.current()
+    return matrix if gpu is None or isinstance(matrix, Table) or why_not(matrix) else jax.jit(arranged)(matrix)
 
 
 def matmul(x: Float[Array, "*batch k"], matrix: Matrix, backend: str | None = None) -> Float[Array, "*batch r"]:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.weights import WeightFormat, encode, matmul
+from kernels.weights import WeightFormat, encode
 from kernels.weights.formats import arrays, assembled, described
+from kernels.weights.matmul import matmul
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = [(96, 40), (72, 7), (8, 1), (192, 33)]

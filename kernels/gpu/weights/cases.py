@@ -1,6 +1,7 @@
 """Named products with weight matrices: what tests prove of kernels, what compiles, and what is timed."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from kernels.gpu.weights.layout import Arranged
 from kernels.weights import WeightFormat, encode
 from kernels.weights.formats import NM, Full, Matrix
 from kernels.weights.masks import width
+
+_shape: Any = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Case:
 
     def abstract(self) -> Arranged:
         """Returns the matrix as kernels read it, shapes without numbers."""
-        (k, r), shape = self.shape, jax.ShapeDtypeStruct
+        (k, r), shape = self.shape, _shape
         group = min(self.group or k, k)
         scales = shape((r, -(-k // group)), jnp.bfloat16) if self.bits < 16 else None
         kept = k if self.kind == "dense" else k // 2
@@ -81,8 +84,10 @@ FORMATS: dict[str, Case] = {
     "int4 g128": Case("dense", 4, 128),
 }
 """What is compiled and timed at a layer's shapes."""
+CHECKED = 64
+"""Outputs whose error is looked at, where float64 would take long for all."""
 
 
-def product64(x: Array, matrix: Matrix) -> Float[np.ndarray, "m r"]:
+def product64(x: Array | np.ndarray, matrix: Matrix) -> Float[np.ndarray, "m r"]:
     """Returns the product in float64."""
     return np.asarray(x, np.float64) @ np.asarray(matrix.rows(), np.float64).T

@@ -18,6 +18,8 @@ from kernels.race.timing import Entrant, Error
 GROUP = 128
 TILES = 8
 """tinygemm's inner tiles along the inputs: the most that it takes."""
+_TORCH: Any = torch
+"""For what its stubs do not name."""
 
 
 def bfloat16(shape: tuple[int, int], m: int, working_set: int) -> Entrant:
@@ -34,14 +36,14 @@ def tinygemm(shape: tuple[int, int], m: int, working_set: int) -> Entrant:
     nbytes = inputs * outputs // 2 + 4 * outputs * inputs // GROUP
     drawn = [_int4(inputs, outputs) for _ in range(sets(nbytes, working_set))]
     packed = [
-        (torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], TILES), meta) for codes, meta in drawn
+        (_TORCH._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], TILES), meta) for codes, meta in drawn
     ]
     codes, meta = drawn[0]
     scale, zero = (x.T.repeat_interleave(GROUP, 1)[:CHECKED].float() for x in meta.unbind(-1))
     dense = (codes[:CHECKED].float() - 8) * scale + zero
 
     def call(x: torch.Tensor, words: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        return torch._weight_int4pack_mm(x, words, GROUP, meta)
+        return _TORCH._weight_int4pack_mm(x, words, GROUP, meta)
 
     return _entrant(call, _normal(m, inputs), packed, dense, nbytes)
 

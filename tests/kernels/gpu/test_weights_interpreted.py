@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import DTypeLike
 
 from kernels.cases import relative_error
 from kernels.gpu import device
@@ -86,7 +87,7 @@ def test_many_rows_are_unpacked():
     assert relative_error(np.asarray(out, np.float32), product64(x, matrix)) <= 2 * LIMIT
 
 
-def encoded(kind: str, bits: int, group: int | None = None, dtype=np.float32) -> Matrix:
+def encoded(kind: str, bits: int, group: int | None = None, dtype: DTypeLike = np.float32) -> Matrix:
     kernel = np.zeros((64, 8), dtype)
     kernel[::4] = 1
     return encode(kernel, WeightFormat(kind, bits, group))

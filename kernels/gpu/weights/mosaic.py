@@ -24,7 +24,7 @@ WORDS = 64
 """Words of a row that a step takes: 128 bytes, as TMA likes them best."""
 STAGES = 4
 """Steps whose words are in shared memory or on their way."""
-WAVES = 6
+WAVES = 4
 """Blocks of the grid that a multiprocessor should be given."""
 _INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
 
@@ -51,7 +51,7 @@ class Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of the grid: 64 rows of the matrix, and a share of the inputs. `base` is the bits of 1024."""
+    """A block of the grid: 64 or 128 rows of the matrix, and a share of the inputs. `base` is the bits of 1024."""
 
     given: Inputs
     shared: Shared
@@ -60,6 +60,10 @@ class Block:
     columns: int
     splits: int
     interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return self.shared.words.shape[1]
 
     def run(self, out: Any) -> None:
         """Writes what the block's share of the inputs adds to its rows' results."""
@@ -77,12 +81,13 @@ class Block:
             pl.when(at + STAGES < last)(functools.partial(self._refill, at + STAGES, first))
             return total
 
-        total = lax.fori_loop(first, last, step, full(0.0, (TILE, COLUMNS), MATRIX))
-        out.at[lax.axis_index("split"), self._rows][...] = total
+        total = lax.fori_loop(first, last, step, full(0.0, (self.rows, COLUMNS), MATRIX))
+        out.at[lax.axis_index("split"), self._own][...] = total
 
     @property
-    def _rows(self) -> Any:
-        return pl.ds(lax.axis_index("row") * TILE, TILE)
+    def _own(self) -> Any:
+        """The block's rows of the matrix."""
+        return pl.ds(lax.axis_index("row") * self.rows, self.rows)
 
     def _refill(self, step: Int[Array, ""], first: Int[Array, ""]) -> None:
         plgpu.commit_smem()  # What this step has read is not to be overtaken by the copy.
@@ -91,9 +96,9 @@ class Block:
     def _fetch(self, step: Int[Array, ""], first: Int[Array, ""]) -> None:
         given, shared, slot = self.given, self.shared, lax.rem(step - first, STAGES)
         words, blocks = pl.ds(step * WORDS, WORDS), pl.ds(step * (WORDS // self.columns), WORDS // self.columns)
-        copies = [(given.words.at[self._rows, words], shared.words), (given.x.at[:, :, words], shared.x)]
+        copies = [(given.words.at[self._own, words], shared.words), (given.x.at[:, :, words], shared.x)]
         if given.scales is not None:
-            copies += [(given.sums.at[blocks], shared.sums), (given.scales.at[blocks, self._rows], shared.scales)]
+            copies += [(given.sums.at[blocks], shared.sums), (given.scales.at[blocks, self._own], shared.scales)]
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target.at[slot], shared.here.at[slot])
 
@@ -103,7 +108,7 @@ class Block:
         if self.given.scales is None:
             return total + self._product(slot, blocks)
         for block in blocks:
-            own = self._product(slot, [block]) - down(load(self.shared.sums.at[slot, block], COLS), TILE)
+            own = self._product(slot, [block]) - down(load(self.shared.sums.at[slot, block], COLS), self.rows)
             scale = load(self.shared.scales.at[slot, block], ROWS).astype(jnp.float32)
             total += own * across(scale)
         return total
@@ -116,7 +121,7 @@ class Block:
                 self._multiply(acc, slot, pl.ds(block * self.columns, self.columns))
             return acc[...]
 
-        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE, COLUMNS), jnp.float32))
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((self.rows, COLUMNS), jnp.float32))
 
     def _multiply(self, acc: Any, slot: Int[Array, ""], words: Any) -> None:
         plane = Plane(self.bits, 0)
@@ -135,7 +140,7 @@ def run(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
     assert isinstance(matrix, Words)
     rows, words = matrix.values.shape
     steps = words // WORDS
-    wanted = min(-(-WAVES * gpu.cores * TILE // rows), max(steps // STAGES, 1))
+    wanted = min(-(-WAVES * gpu.cores * rows_of(matrix) // rows), max(steps // STAGES, 1))
     return product(x, matrix, -(-steps // -(-steps // wanted)), gpu.interpret)
 
 
@@ -171,7 +176,7 @@ def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((splits, rows, COLUMNS), jnp.float32),
-        grid=(rows // TILE, splits),
+        grid=(rows // rows_of(matrix), splits),
         grid_names=("row", "split"),
         scratch_types=[_shared(matrix)],
         kernel_name=f"weights_dense_{matrix.bits}",
@@ -186,13 +191,18 @@ def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool 
     return (y[: matrix.outputs, :m] * own.factor[:m]).T.astype(x.dtype)
 
 
+def rows_of(matrix: Words) -> int:
+    """Returns how many rows of a matrix a block takes: two wgmma's, or one's."""
+    return 2 * TILE if matrix.values.shape[0] % (2 * TILE) == 0 else TILE
+
+
 def _shared(matrix: Words) -> Shared:
     columns, blocks = matrix.columns, WORDS // matrix.columns
     swizzled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return Shared(
         plgpu.SMEM((STAGES, matrix.planes, COLUMNS, WORDS), jnp.float16, transforms=swizzled),
-        plgpu.SMEM((STAGES, TILE, WORDS), jnp.int16, transforms=swizzled),
+        plgpu.SMEM((STAGES, rows_of(matrix), WORDS), jnp.int16, transforms=swizzled),
         plgpu.SMEM((STAGES, blocks, COLUMNS), jnp.float32) if matrix.grouped else None,
-        plgpu.SMEM((STAGES, blocks, TILE), jnp.bfloat16) if matrix.grouped else None,
+        plgpu.SMEM((STAGES, blocks, rows_of(matrix)), jnp.bfloat16) if matrix.grouped else None,
         plgpu.Barrier(num_arrivals=4 if matrix.grouped else 2, num_barriers=STAGES),
     )

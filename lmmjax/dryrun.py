@@ -21,7 +21,7 @@ from lmmjax.prompt import bucket
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 NOTES = (
-    "counted in full: pruned weights, for they are kept as zeros",
+    "counted in full: pruned weights that are not packed (lmmjax.pack), for they are kept as zeros",
     "not counted: activations, XLA's temporaries, compiled programs, libraries, calibration by a pruning plan",
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kernels.stores import Store
+from kernels.weights import Matrix
 from lmmjax.cache import cache_bytes
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError
@@ -54,7 +55,8 @@ class MemoryReport:
     A row has room for `capacity` tokens: whole groups, and whole buckets where the engine makes the cache; `images`
     of them are kept apart for image tokens. `parts` are the weights outside of the decoder's layers, by their names
     in the checkpoint. `kv_dense` is a cache of the same capacity with nothing quantized, `elements` how many numbers
-    it holds. Pruned weights are zeros in buffers of their full size, and counted so.
+    it holds. Pruned weights are zeros in buffers of their full size, and counted so, unless they are packed: these are
+    counted as they lie, and `weights_dtypes` names their formats.
     """
 
     batch: int
@@ -163,7 +165,7 @@ def memory_report(
         context=context,
         capacity=cache.capacity,
         images=images,
-        weights_dtypes=tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})),
+        weights_dtypes=_dtypes(params),
         exact_dtype=str(cache.layers[0][0].dtype),
         parts=_parts(params),
         layers=layers,
@@ -186,6 +188,13 @@ def _parts(params: Params) -> dict[str, int]:
     text = {f"text.{name}": leaf for name, leaf in params["text"].items() if not name.startswith("layers_")}
     outer = {name: leaf for name, leaf in params.items() if name != "text"}
     return {name: _nbytes(tree) for name, tree in {**outer, **text}.items()}
+
+
+def _dtypes(params: Params) -> tuple[str, ...]:
+    """Returns the dtypes of plain leaves, and the formats of packed ones."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Matrix))
+    named = {f"{leaf.kind} {leaf.bits} bits" if isinstance(leaf, Matrix) else str(leaf.dtype) for leaf in leaves}
+    return tuple(sorted(named))
 
 
 def _nbytes(tree: Any) -> int:

@@ -9,6 +9,7 @@ from kernels.backends import Backend
 from kernels.cpu import matmul as cpu
 from kernels.gpu import device
 from kernels.gpu.weights import matmul as triton
+from kernels.gpu.weights import mosaic
 from kernels.gpu.weights.arrange import arranged, why_not
 from kernels.weights.formats import Matrix, Table
 
@@ -24,10 +25,12 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton.run, triton.unsupported),
     "rounded": Backend(triton.unpacked, triton.not_unpacked),
     "unpacked": Backend(unpacked, lambda *_: None),
+    "mosaic": Backend(mosaic.run, mosaic.unsupported),
 }
 """In order of preference: without a choice, the first that has no reason against it runs.
 
-cpu reads weights as they are kept, and so does triton for a few rows; rounded is a GPU's for more of them.
+cpu reads weights as they are kept, and so does triton for a few rows; rounded is a GPU's for more of them. mosaic
+stands behind unpacked, which can do anything: it runs by explicit choice alone until both are measured.
 """
 
 

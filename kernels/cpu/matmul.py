@@ -12,8 +12,12 @@ from kernels.weights.formats import NM, Bitmap, Full, Matrix
 
 BLOCK = 64
 """Inputs that a kernel takes at once."""
-ONE_PASS = 16
-"""Rows of x up to which the kernel multiplies; more go through the dense matrix, whose product XLA computes."""
+ONE_PASS = 64
+"""Rows of x up to which the kernel multiplies; more go through the dense matrix, whose product XLA computes.
+
+On two cores of an EPYC 7003 (AVX2), 576 x 1536 in int8: 16 rows 0.32 ms against 0.63, 64 rows 0.95 against 1.1,
+128 rows 3.2 against 1.7.
+"""
 FLOATS = ("float32", "bfloat16", "float16")
 CODES = {8: "int8", 4: "uint8"}
 

@@ -63,26 +63,26 @@ struct Avx2 {
   }
 
   // Returns the values of one byte of the mask.
-  static Vec Spread(const float* values, unsigned byte) {
+  static Vec Spread(const float* values, uint64_t byte) {
     const __m256i shuffle = _mm256_cvtepi8_epi32(Bytes8(kShuffles.of_bytes[byte]));
     const __m256 moved = _mm256_permutevar8x32_ps(Load(values), shuffle);
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(shuffle, 31)), moved);
   }
   template <class T>
-  static Vec Spread(const T* values, unsigned byte) {
+  static Vec Spread(const T* values, uint64_t byte) {
     return From16(_mm_shuffle_epi8(Bytes16(values), Bytes16(kShuffles.of_words[byte])), T{});
   }
-  static Vec Spread(const int8_t* values, unsigned byte) {
+  static Vec Spread(const int8_t* values, uint64_t byte) {
     return FromInt8(_mm_shuffle_epi8(Bytes8(values), Bytes8(kShuffles.of_bytes[byte])));
   }
 
   template <class T>
-  static int Expand(const T* values, uint64_t mask, Vec w[]) {
-    int at = 0;
+  static int64_t Expand(const T* values, uint64_t mask, Vec w[]) {
+    int64_t at = 0;
     for (int i = 0; i < 8; ++i) {
-      const unsigned byte = mask >> 8 * i & 255;
+      const uint64_t byte = mask >> 8 * i & 255;
       w[i] = Spread(values + at, byte);
-      at += static_cast<int>(_mm_popcnt_u32(byte));
+      at += _mm_popcnt_u64(byte);
     }
     return at;
   }

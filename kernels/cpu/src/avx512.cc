@@ -37,34 +37,34 @@ struct Avx512 {
     for (int i = 0; i < 4; ++i) w[i] = FromInt8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * i)));
   }
 
-  static int Expand(const float* values, uint64_t mask, Vec w[]) {
-    int at = 0;
+  static int64_t Expand(const float* values, uint64_t mask, Vec w[]) {
+    int64_t at = 0;
     for (int i = 0; i < 4; ++i) {
       const __mmask16 part = static_cast<__mmask16>(mask >> 16 * i);
       w[i] = _mm512_maskz_expand_ps(part, Load(values + at));
-      at += static_cast<int>(_mm_popcnt_u32(part));
+      at += _mm_popcnt_u64(part);
     }
     return at;
   }
   template <class T>
-  static int Expand(const T* values, uint64_t mask, Vec w[]) {
-    int at = 0;
+  static int64_t Expand(const T* values, uint64_t mask, Vec w[]) {
+    int64_t at = 0;
     for (int i = 0; i < 2; ++i) {
       const __mmask32 part = static_cast<__mmask32>(mask >> 32 * i);
       const __m512i spread = _mm512_maskz_expand_epi16(part, _mm512_loadu_si512(values + at));
       w[2 * i] = From16(_mm512_castsi512_si256(spread), T{});
       w[2 * i + 1] = From16(_mm512_extracti64x4_epi64(spread, 1), T{});
-      at += static_cast<int>(_mm_popcnt_u32(part));
+      at += _mm_popcnt_u64(part);
     }
     return at;
   }
-  static int Expand(const int8_t* values, uint64_t mask, Vec w[]) {
+  static int64_t Expand(const int8_t* values, uint64_t mask, Vec w[]) {
     const __m512i spread = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
     w[0] = FromInt8(_mm512_castsi512_si128(spread));
     w[1] = FromInt8(_mm512_extracti32x4_epi32(spread, 1));
     w[2] = FromInt8(_mm512_extracti32x4_epi32(spread, 2));
     w[3] = FromInt8(_mm512_extracti32x4_epi32(spread, 3));
-    return static_cast<int>(_mm_popcnt_u64(mask));
+    return _mm_popcnt_u64(mask);
   }
 
   static void Nibbles(const uint8_t* packed, int64_t n, int8_t* codes) {

@@ -38,7 +38,7 @@ extern "C" {
 // Returns the name of the path that kernels take.
 const char* lmmjax_path() { return lmmjax::path().name; }
 
-// Has all kernels take the path of this name ("": the fastest); returns whether this library has it and this CPU runs it.
+// Has all kernels take the path of this name, or for "" the fastest; returns whether it is there and this CPU runs it.
 bool lmmjax_choose(const char* name) {
   if (!*name) {
     lmmjax::Chosen().store(lmmjax::Fastest());

@@ -61,10 +61,10 @@ struct Portable {
 
   // Bit by bit that is set: compilers have no notation for a shuffle by a mask, and half of the bits are zeros.
   template <class T>
-  static int Expand(const T* values, uint64_t mask, Vec w[]) {
+  static int64_t Expand(const T* values, uint64_t mask, Vec w[]) {
     float floats[kBlock], spread[kBlock] = {};
     Floats(values, floats);
-    int at = 0;
+    int64_t at = 0;
     for (; mask; mask &= mask - 1) spread[__builtin_ctzll(mask)] = floats[at++];
     LoadAll(spread, w);
     return at;

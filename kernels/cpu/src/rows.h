@@ -28,12 +28,16 @@ inline float AsFloat(BFloat16 value) {
   return result;
 }
 
-template <class T>
+// The values of a row and, if only some weights are kept, which.
+template <class T, bool kMasked>
 struct Row {
-  const T* next;
+  const T* values;
   const T* limit;  // what lies behind must not be read
   const uint8_t* mask;
 };
+
+// How many weights share a scale: all of a row (or there is none), whole blocks, or what has to be looked up.
+enum class Sharing { kRow, kBlocks, kAny };
 
 template <class Isa>
 struct Rows {
@@ -41,53 +45,64 @@ struct Rows {
   static constexpr int kLanes = Isa::kLanes, kVecs = kBlock / kLanes;
 
   // Returns row `r` of a matrix whose values are T; int4 codes go to `scratch` as int8.
-  template <class T>
-  static Row<T> At(const Matrix& w, int64_t r, Scratch scratch) {
-    const uint8_t* mask = w.mask ? w.mask + r * w.blocks() * (kBlock / 8) : nullptr;
+  template <class T, bool kMasked>
+  static Row<T, kMasked> At(const Matrix& m, int64_t r, Scratch scratch) {
+    const uint8_t* mask = kMasked ? m.mask + r * m.blocks() * (kBlock / 8) : nullptr;
     if constexpr (std::is_same_v<T, int8_t>) {
-      if (w.kind == Values::kInt4) {
-        Isa::Nibbles(static_cast<const uint8_t*>(w.values) + w.start(r) / 2, w.count(r), scratch.codes);
-        return {scratch.codes, scratch.codes + (mask ? w.padded() + kBlock : w.inputs), mask};
+      if (m.kind == Values::kInt4) {
+        Isa::Nibbles(static_cast<const uint8_t*>(m.values) + m.start(r) / 2, m.count(r), scratch.codes);
+        return {scratch.codes, scratch.codes + (kMasked ? m.padded() + kBlock : m.inputs), mask};
       }
     }
-    const T* values = static_cast<const T*>(w.values);
-    const T* row = values + w.start(r);
+    const T* values = static_cast<const T*>(m.values);
+    const T* row = values + m.start(r);
     // With a mask other rows' values may be read: they are masked. Without, they would be multiplied by x's zeros,
     // and these may be infinite.
-    return {row, mask ? values + w.total : row + w.inputs, mask};
+    return {row, kMasked ? values + m.total : row + m.inputs, mask};
   }
 
-  // Takes the weights of block `b`, without their scales, and moves on to the next.
-  template <class T>
-  static inline void Take(Row<T>& row, int64_t b, Vec w[]) {
-    T few[kBlock];
-    const T* values = row.limit - row.next < kBlock ? Few(row, few) : row.next;
-    if (row.mask) {
-      uint64_t mask;
-      std::memcpy(&mask, row.mask + b * (kBlock / 8), sizeof mask);
-      row.next += Isa::Expand(values, mask, w);
-    } else {
-      Isa::Convert(values, w);
-      row.next += kBlock;
+  // Calls `use(b, w)` with the weights of each block b, as they are without their scales.
+  template <class T, bool kMasked, class Use>
+  __attribute__((always_inline)) static inline void ForBlocks(Row<T, kMasked> row, int64_t blocks, Use use) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      T few[kBlock];
+      const T* values = row.limit - row.values < kBlock ? Few(row.values, row.limit, few) : row.values;
+      for (int64_t line = 0; line < int64_t{sizeof(T)}; ++line) Prefetch(row.values, 64 * line);
+      Vec w[kVecs];
+      if constexpr (kMasked) {
+        if (b % 8 == 0) Prefetch(row.mask, b * (kBlock / 8));
+        uint64_t mask;
+        std::memcpy(&mask, row.mask + b * (kBlock / 8), sizeof mask);
+        row.values += Isa::Expand(values, mask, w);
+      } else {
+        Isa::Convert(values, w);
+        row.values += kBlock;
+      }
+      use(b, w);
     }
+  }
+
+  // Asks for what lies 1 KiB behind a byte of an array: left alone, a CPU stops at each page. Two narrow streams of a
+  // bitmap in int8 are read 15 to 20% faster. Never faults, wherever that is.
+  static void Prefetch(const void* array, int64_t byte) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(array) + byte + 1024));
   }
 
   // Returns a copy of the last values, zeros behind them.
   template <class T>
-  __attribute__((noinline)) static const T* Few(const Row<T>& row, T few[]) {
-    const int64_t left = row.limit > row.next ? row.limit - row.next : 0;
+  __attribute__((noinline)) static const T* Few(const T* values, const T* limit, T few[]) {
     std::memset(static_cast<void*>(few), 0, kBlock * sizeof(T));
-    std::memcpy(static_cast<void*>(few), row.next, left * sizeof(T));
+    if (limit > values) std::memcpy(static_cast<void*>(few), values, (limit - values) * sizeof(T));
     return few;
   }
 
-  // Multiplies the weights of block `b` by their scales.
-  static inline void Scale(const Matrix& m, const BFloat16* scales, int64_t b, Vec w[]) {
-    if (m.group % kBlock == 0 || m.groups == 1) {
-      const Vec scale = Isa::Set(AsFloat(scales[m.groups == 1 ? 0 : b * kBlock / m.group]));
-      for (int i = 0; i < kVecs; ++i) w[i] = Isa::Mul(w[i], scale);
-      return;
-    }
+  static Sharing SharingOf(const Matrix& m) {
+    if (!m.scales || m.groups == 1) return Sharing::kRow;
+    return m.group % kBlock == 0 ? Sharing::kBlocks : Sharing::kAny;
+  }
+
+  // Multiplies the weights of block `b` by scales that change within it.
+  static void ScaleEach(const Matrix& m, const BFloat16* scales, int64_t b, Vec w[]) {
     float each[kBlock];
     for (int64_t k = 0; k < kBlock; ++k) {
       const int64_t group = (b * kBlock + k) / m.group;
@@ -97,42 +112,49 @@ struct Rows {
   }
 
   // Returns a row times one row of x, without ever storing the weights.
-  template <class T>
-  static float Dot(const Matrix& m, Row<T> row, const BFloat16* scales, const float* x) {
-    const bool in_groups = scales && m.groups > 1;
-    const bool by_block = in_groups && m.group % kBlock == 0;
+  template <Sharing kSharing, class T, bool kMasked>
+  static float Dot(const Matrix& m, Row<T, kMasked> row, const BFloat16* scales, const float* x) {
     // Several sums, for each waits for its last addition.
-    Vec sum[4] = {Isa::Zero(), Isa::Zero(), Isa::Zero(), Isa::Zero()};
-    for (int64_t b = 0; b < m.blocks(); ++b, x += kBlock) {
-      Vec w[kVecs];
-      Take(row, b, w);
-      if (by_block) {
-        Vec part[2] = {Isa::Zero(), Isa::Zero()};
-        for (int i = 0; i < kVecs; ++i) part[i % 2] = Isa::MulAdd(w[i], Isa::Load(x + i * kLanes), part[i % 2]);
-        const Vec scale = Isa::Set(AsFloat(scales[b * kBlock / m.group]));
-        sum[b % 2] = Isa::MulAdd(Isa::Add(part[0], part[1]), scale, sum[b % 2]);
-        continue;
+    Vec a = Isa::Zero(), b = Isa::Zero(), c = Isa::Zero(), d = Isa::Zero();
+    ForBlocks(row, m.blocks(), [&](int64_t block, Vec* w) {
+      const float* at = x + block * kBlock;
+      if constexpr (kSharing == Sharing::kAny) ScaleEach(m, scales, block, w);
+      if constexpr (kSharing == Sharing::kBlocks) {
+        Vec part[2] = {Isa::Mul(w[0], Isa::Load(at)), Isa::Mul(w[1], Isa::Load(at + kLanes))};
+        for (int i = 2; i < kVecs; ++i) part[i % 2] = Isa::MulAdd(w[i], Isa::Load(at + i * kLanes), part[i % 2]);
+        const Vec scale = Isa::Set(AsFloat(scales[block * kBlock / m.group]));
+        a = Isa::MulAdd(part[0], scale, a);
+        b = Isa::MulAdd(part[1], scale, b);
+      } else {
+        for (int i = 0; i < kVecs; i += 4) {
+          a = Isa::MulAdd(w[i], Isa::Load(at + i * kLanes), a);
+          b = Isa::MulAdd(w[i + 1], Isa::Load(at + (i + 1) * kLanes), b);
+          c = Isa::MulAdd(w[i + 2], Isa::Load(at + (i + 2) * kLanes), c);
+          d = Isa::MulAdd(w[i + 3], Isa::Load(at + (i + 3) * kLanes), d);
+        }
       }
-      if (in_groups) Scale(m, scales, b, w);
-      for (int i = 0; i < kVecs; ++i) sum[i % 4] = Isa::MulAdd(w[i], Isa::Load(x + i * kLanes), sum[i % 4]);
-    }
-    const float total = Isa::Sum(Isa::Add(Isa::Add(sum[0], sum[1]), Isa::Add(sum[2], sum[3])));
-    return scales && !in_groups ? total * AsFloat(scales[0]) : total;
+    });
+    const float sum = Isa::Sum(Isa::Add(Isa::Add(a, b), Isa::Add(c, d)));
+    return kSharing == Sharing::kRow && scales ? sum * AsFloat(scales[0]) : sum;
   }
 
   // Writes a row's first `length` weights, times their scales.
-  template <class T>
-  static void Dense(const Matrix& m, Row<T> row, const BFloat16* scales, int64_t length, float* out) {
-    for (int64_t b = 0; b < m.blocks(); ++b) {
-      Vec w[kVecs];
-      Take(row, b, w);
-      if (scales) Scale(m, scales, b, w);
+  template <class T, bool kMasked>
+  static void Dense(const Matrix& m, Row<T, kMasked> row, const BFloat16* scales, int64_t length, float* out) {
+    const Sharing sharing = SharingOf(m);
+    ForBlocks(row, m.blocks(), [&](int64_t block, Vec* w) {
+      if (sharing == Sharing::kAny) {
+        ScaleEach(m, scales, block, w);
+      } else if (scales) {
+        const Vec scale = Isa::Set(AsFloat(scales[block * kBlock / m.group]));
+        for (int i = 0; i < kVecs; ++i) w[i] = Isa::Mul(w[i], scale);
+      }
       float few[kBlock];
-      const int64_t left = length - b * kBlock;
-      float* to = left < kBlock ? few : out + b * kBlock;
+      const int64_t left = length - block * kBlock;
+      float* to = left < kBlock ? few : out + block * kBlock;
       for (int i = 0; i < kVecs; ++i) Isa::Store(to + i * kLanes, w[i]);
-      if (left < kBlock) std::memcpy(out + b * kBlock, few, left * sizeof(float));
-    }
+      if (left < kBlock) std::memcpy(out + block * kBlock, few, left * sizeof(float));
+    });
   }
 
   // Multiplies kTile dense rows by kColumns rows of x and keeps `rows` of the results.
@@ -156,16 +178,18 @@ struct Rows {
 
   static const BFloat16* ScalesOf(const Matrix& m, int64_t r) { return m.scales ? m.scales + r * m.groups : nullptr; }
 
-  template <class T>
-  static void ProductOf(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y, Scratch s) {
-    if (count == 1) {
-      for (int64_t r = first; r < last; ++r) y[r] = Dot(m, At<T>(m, r, s), ScalesOf(m, r), x);
-      return;
-    }
+  template <class T, bool kMasked, Sharing kSharing>
+  static void Dots(const Matrix& m, const float* x, int64_t first, int64_t last, float* y, Scratch s) {
+    for (int64_t r = first; r < last; ++r) y[r] = Dot<kSharing>(m, At<T, kMasked>(m, r, s), ScalesOf(m, r), x);
+  }
+
+  template <class T, bool kMasked>
+  static void Tiles(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y, Scratch s) {
+    const int64_t length = m.padded();
     for (int64_t r = first; r < last; r += kTile) {
-      const int64_t rows = last - r < kTile ? last - r : kTile, length = m.padded();
+      const int64_t rows = last - r < kTile ? last - r : kTile;
       for (int64_t i = 0; i < rows; ++i)
-        Dense(m, At<T>(m, r + i, s), ScalesOf(m, r + i), length, s.rows + i * length);
+        Dense(m, At<T, kMasked>(m, r + i, s), ScalesOf(m, r + i), length, s.rows + i * length);
       int64_t c = 0;
       for (; c + Isa::kColumns <= count; c += Isa::kColumns)
         Tile<Isa::kColumns>(m, s.rows, x + c * length, rows, y + c * m.outputs + r);
@@ -173,28 +197,44 @@ struct Rows {
     }
   }
 
-  template <class T>
-  static void UnpackOf(const Matrix& m, int64_t first, int64_t last, float* dense, Scratch s) {
-    for (int64_t r = first; r < last; ++r)
-      Dense(m, At<T>(m, r, s), ScalesOf(m, r), m.inputs, dense + r * m.inputs);
+  template <class T, bool kMasked>
+  static void ProductOf(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y,
+                        Scratch s) {
+    if (count > 1) return Tiles<T, kMasked>(m, x, count, first, last, y, s);
+    if constexpr (std::is_same_v<T, int8_t>) {
+      if (SharingOf(m) == Sharing::kBlocks) return Dots<T, kMasked, Sharing::kBlocks>(m, x, first, last, y, s);
+      if (SharingOf(m) == Sharing::kAny) return Dots<T, kMasked, Sharing::kAny>(m, x, first, last, y, s);
+    }
+    Dots<T, kMasked, Sharing::kRow>(m, x, first, last, y, s);
   }
 
-  static void Product(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y, Scratch s) {
+  template <class T, bool kMasked>
+  static void UnpackOf(const Matrix& m, int64_t first, int64_t last, float* dense, Scratch s) {
+    for (int64_t r = first; r < last; ++r)
+      Dense(m, At<T, kMasked>(m, r, s), ScalesOf(m, r), m.inputs, dense + r * m.inputs);
+  }
+
+  // Calls `use` with a value of the type that the matrix holds, and with whether it has a mask.
+  template <class Use>
+  static void WithTypes(const Matrix& m, Use use) {
+    const auto with_mask = [&](auto value) { m.mask ? use(value, std::true_type{}) : use(value, std::false_type{}); };
     switch (m.kind) {
-      case Values::kFloat32: return ProductOf<float>(m, x, count, first, last, y, s);
-      case Values::kBFloat16: return ProductOf<BFloat16>(m, x, count, first, last, y, s);
-      case Values::kFloat16: return ProductOf<Float16>(m, x, count, first, last, y, s);
-      default: return ProductOf<int8_t>(m, x, count, first, last, y, s);
+      case Values::kFloat32: return with_mask(float{});
+      case Values::kBFloat16: return with_mask(BFloat16{});
+      case Values::kFloat16: return with_mask(Float16{});
+      default: return with_mask(int8_t{});
     }
+  }
+
+  static void Product(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y,
+                      Scratch s) {
+    WithTypes(m, [&](auto value, auto masked) {
+      ProductOf<decltype(value), masked()>(m, x, count, first, last, y, s);
+    });
   }
 
   static void Unpack(const Matrix& m, int64_t first, int64_t last, float* dense, Scratch s) {
-    switch (m.kind) {
-      case Values::kFloat32: return UnpackOf<float>(m, first, last, dense, s);
-      case Values::kBFloat16: return UnpackOf<BFloat16>(m, first, last, dense, s);
-      case Values::kFloat16: return UnpackOf<Float16>(m, first, last, dense, s);
-      default: return UnpackOf<int8_t>(m, first, last, dense, s);
-    }
+    WithTypes(m, [&](auto value, auto masked) { UnpackOf<decltype(value), masked()>(m, first, last, dense, s); });
   }
 };
 

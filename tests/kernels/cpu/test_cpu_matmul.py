@@ -22,7 +22,7 @@ BF16 = ml_dtypes.bfloat16
 ROOT = Path(__file__).resolve().parents[3]
 VALUES = ["float32", "bfloat16", "float16", "int8", "int8 in groups", "int4", "int4 in odd groups", "int4 a row"]
 KINDS = ["full", "1:4", "2:4", "4:8", "bitmap"]
-# Inputs, outputs, rows of x: whole blocks; a rest; less than a block; one output; wide enough for several threads.
+# Inputs, outputs, rows of x: whole blocks; a rest; less than a block; one output; many rows of x; several threads.
 SHAPES = [
     (128, 9, 1),
     (200, 6, 3),

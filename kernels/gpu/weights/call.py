@@ -20,8 +20,7 @@ def product(x: Float[Array, "m k"], matrix: Arranged, tiles: Tiles, interpret: b
     """Returns x @ matrix in x's dtype; x is rounded to float16, or to bfloat16 for weights in it."""
     m, held = x.shape[0], matrix.values.shape[0]
     results = power(m)
-    own = operand(x, matrix, max(results, COLUMNS))
-    arrays = [own.planes] if own.sums is None else [own.planes, own.sums]
+    arrays = [x for x in operand(x, matrix, max(results, COLUMNS), interpret) if x is not None]
     specs = [pl.BlockSpec(whole.shape, lambda row, share, n=whole.ndim: (0,) * n) for whole in arrays]
     if matrix.grouped and matrix.scales is not None:
         arrays.append(matrix.scales)
@@ -38,7 +37,7 @@ def product(x: Float[Array, "m k"], matrix: Arranged, tiles: Tiles, interpret: b
         interpret=interpret,
         name=f"weights_{matrix.kind.replace(':', '_')}_{matrix.bits}",
     )(*arrays, *read)
-    y = jnp.sum(shares, axis=0)[: matrix.outputs, :m] * own.factor[:m]
+    y = jnp.sum(shares, axis=0)[: matrix.outputs, :m]
     if matrix.scales is not None and not matrix.grouped:
         y *= matrix.scales[0, : matrix.outputs, None].astype(jnp.float32)
     return y.T.astype(x.dtype)

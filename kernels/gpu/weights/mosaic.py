@@ -30,12 +30,13 @@ _INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
 
 
 class Inputs(NamedTuple):
-    """In global memory; x (p, m, n). Without groups there are no scales, and sums are nobody's but the caller's."""
+    """In global memory; x (p, m, n). Without groups there are no scales."""
 
     base: Any
     x: Any
     words: Any
     sums: Any
+    factors: Any
     scales: Any
 
 
@@ -45,6 +46,7 @@ class Shared(NamedTuple):
     x: Any
     words: Any
     sums: Any
+    factors: Any
     scales: Any
     here: Any
 
@@ -97,28 +99,27 @@ class Block:
         given, shared, slot = self.given, self.shared, lax.rem(step - first, STAGES)
         words, blocks = pl.ds(step * WORDS, WORDS), pl.ds(step * (WORDS // self.columns), WORDS // self.columns)
         copies = [(given.words.at[self._own, words], shared.words), (given.x.at[:, :, words], shared.x)]
+        copies += [(given.sums.at[blocks], shared.sums), (given.factors.at[blocks], shared.factors)]
         if given.scales is not None:
-            copies += [(given.sums.at[blocks], shared.sums), (given.scales.at[blocks, self._own], shared.scales)]
+            copies.append((given.scales.at[blocks, self._own], shared.scales))
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target.at[slot], shared.here.at[slot])
 
     def _added(self, total: Float[Array, "r m"], slot: Int[Array, ""]) -> Float[Array, "r m"]:
         """Returns the sum with a stage's products added."""
-        blocks = range(WORDS // self.columns)
-        if self.given.scales is None:
-            return total + self._product(slot, blocks)
-        for block in blocks:
-            own = self._product(slot, [block]) - down(load(self.shared.sums.at[slot, block], COLS), self.rows)
-            scale = load(self.shared.scales.at[slot, block], ROWS).astype(jnp.float32)
-            total += own * across(scale)
+        for block in range(WORDS // self.columns):
+            sums, factors = (load(x.at[slot, block], COLS) for x in (self.shared.sums, self.shared.factors))
+            own = (self._product(slot, block) - down(sums, self.rows)) * down(factors, self.rows)
+            if self.given.scales is not None:
+                own *= across(load(self.shared.scales.at[slot, block], ROWS).astype(jnp.float32))
+            total += own
         return total
 
-    def _product(self, slot: Int[Array, ""], blocks: Any) -> Float[Array, "r m"]:
-        """Returns the products of some blocks of a stage."""
+    def _product(self, slot: Int[Array, ""], block: int) -> Float[Array, "r m"]:
+        """Returns the products of a block of a stage."""
 
         def run(acc: Any) -> Array:
-            for block in blocks:
-                self._multiply(acc, slot, pl.ds(block * self.columns, self.columns))
+            self._multiply(acc, slot, pl.ds(block * self.columns, self.columns))
             return acc[...]
 
         return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((self.rows, COLUMNS), jnp.float32))
@@ -163,11 +164,11 @@ def unsupported(x: Float[Array, "m k"], matrix: Matrix) -> str | None:
 
 def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool = False) -> Float[Array, "m r"]:
     """Returns x @ matrix in x's dtype; x is rounded to float16."""
-    own, rows = operand(x, matrix, COLUMNS), matrix.values.shape[0]
+    own, rows = operand(x, matrix, COLUMNS, interpret, True), matrix.values.shape[0]
     # Read from memory, so that no compiler knows it: it makes a mask and an `or` one instruction only where one of
     # their constants is in a register.
     base = jnp.full(1, BASE_BITS, jnp.int32)
-    groups = (own.sums, matrix.scales) if matrix.grouped else (None, None)
+    read = (own.planes, matrix.values, own.sums, own.factors, matrix.scales if matrix.grouped else None)
 
     def body(given: Inputs, out: Any, shared: Shared) -> None:
         bits = given.base[0].astype(jnp.int16)
@@ -182,13 +183,12 @@ def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool 
         kernel_name=f"weights_dense_{matrix.bits}",
         interpret=_INTERPRETER(detect_races=True) if interpret else None,
     )
-    y = jnp.sum(kernel(Inputs(base, own.planes.swapaxes(1, 2), matrix.values, *groups)), axis=0)
+    y = jnp.sum(kernel(Inputs(base, *read)), axis=0)
     if not matrix.grouped:
-        assert own.sums is not None
         assert matrix.scales is not None
-        y = (y - jnp.sum(own.sums, axis=0)) * matrix.scales[0, :, None].astype(jnp.float32)
+        y *= matrix.scales[0, :, None].astype(jnp.float32)
     m = x.shape[0]
-    return (y[: matrix.outputs, :m] * own.factor[:m]).T.astype(x.dtype)
+    return y[: matrix.outputs, :m].T.astype(x.dtype)
 
 
 def rows_of(matrix: Words) -> int:
@@ -199,10 +199,12 @@ def rows_of(matrix: Words) -> int:
 def _shared(matrix: Words) -> Shared:
     columns, blocks = matrix.columns, WORDS // matrix.columns
     swizzled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+    each = plgpu.SMEM((STAGES, blocks, COLUMNS), jnp.float32)
     return Shared(
         plgpu.SMEM((STAGES, matrix.planes, COLUMNS, WORDS), jnp.float16, transforms=swizzled),
         plgpu.SMEM((STAGES, rows_of(matrix), WORDS), jnp.int16, transforms=swizzled),
-        plgpu.SMEM((STAGES, blocks, COLUMNS), jnp.float32) if matrix.grouped else None,
+        each,
+        each,
         plgpu.SMEM((STAGES, blocks, rows_of(matrix)), jnp.bfloat16) if matrix.grouped else None,
-        plgpu.Barrier(num_arrivals=4 if matrix.grouped else 2, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=5 if matrix.grouped else 4, num_barriers=STAGES),
     )

@@ -1,56 +1,129 @@
-"""Activations as kernels multiply with them: planes of every p-th input, and what fields' 1024 adds to products."""
+"""Activations as kernels multiply with them: planes of every p-th input, and what fields' 1024 adds to products.
 
-from typing import NamedTuple
+In one launch, a program a block of inputs: XLA would take three, one after the other, before each product.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
 
 from kernels.gpu.fields import BIAS, fields
 from kernels.gpu.weights.layout import OFFSET, Arranged, Pairs
 
 LARGEST = 2.0**13
-"""What each row's largest power of two becomes in float16: it neither overflows nor loses what is small beside it."""
+"""What the largest power of two of a block of x becomes in float16: no number overflows, and hardly any vanishes."""
+PREPARES = "weights_x"
+"""The name of the launch."""
 
 
 class Operand(NamedTuple):
-    """Rows of x as columns of a product.
+    """Rows of x as columns of products: planes (p, blocks * c, m).
 
-    planes (p, blocks * c, m); sums (blocks, m) are what the products of a block have too much, None: nothing; the
-    result times `factor` (m,) is that of x.
+    A block's products, less its `sums` (blocks, m) and times its `factors` (blocks, m), are those of x. bfloat16 has
+    neither: it is x itself.
     """
 
     planes: Float[Array, "p n m"]
     sums: Float[Array, "blocks m"] | None
-    factor: Float[Array, "m"]
+    factors: Float[Array, "blocks m"] | None
 
 
-def operand(x: Float[Array, "m k"], matrix: Arranged, columns: int) -> Operand:
-    """Returns x for a matrix, filled up with zeros to so many columns."""
+def operand(x: Float[Array, "m k"], matrix: Arranged, columns: int, interpret: bool, flipped: bool = False) -> Operand:
+    """Returns x for a matrix, filled up with zeros to so many columns; `flipped`: float16 planes as (p, m, n)."""
     p, blocks, c = matrix.planes, matrix.blocks, matrix.columns
-    padded = jnp.pad(x, ((0, columns - x.shape[0]), (0, p * blocks * c - x.shape[1]))).astype(jnp.float32)
-    dtype = matrix.values.dtype if matrix.scales is None else jnp.float16
-    factor = jnp.ones(columns, jnp.float32) if dtype == jnp.bfloat16 else _power(padded) / LARGEST
-    planes = (padded / factor[:, None]).reshape(columns, blocks, c, p).transpose(3, 1, 2, 0)
-    if matrix.scales is None:
-        return Operand(planes.astype(dtype).reshape(p, blocks * c, columns), None, factor)
-    units = jnp.asarray(_units(matrix), jnp.float32)[:, :, None, None]
-    planes = (planes * units).astype(dtype)
-    # From the planes as they were rounded: what is subtracted is large beside what is left.
-    sums = jnp.sum(planes.astype(jnp.float32) * (BIAS + OFFSET[matrix.bits] / units), axis=(0, 2))
-    return Operand(planes.reshape(p, blocks * c, columns), sums, factor)
+    if matrix.values.dtype == jnp.bfloat16:
+        padded = jnp.pad(x.astype(jnp.bfloat16), ((0, columns - x.shape[0]), (0, p * blocks * c - x.shape[1])))
+        return Operand(padded.reshape(columns, blocks * c, p).T, None, None)
+    shape = jax.ShapeDtypeStruct
+    row = pl.BlockSpec((None, columns), lambda block: (block, 0))
+    planes, *sums, factors = pl.pallas_call(
+        Prepare.of(matrix, flipped),
+        grid=(blocks,),
+        in_specs=[pl.BlockSpec(x.shape, lambda block: (0, 0))],
+        out_specs=[_planes(p, c, columns, flipped), *([row] if _coded(matrix) else []), row],
+        out_shape=[
+            shape((p, columns, blocks * c) if flipped else (p, blocks * c, columns), jnp.float16),
+            *[shape((blocks, columns), jnp.float32)] * (1 + _coded(matrix)),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpret,
+        name=PREPARES,
+    )(x)
+    return Operand(planes, sums[0] if sums else None, factors)
 
 
-def _units(matrix: Arranged) -> np.ndarray:
-    """Returns what a code is multiplied with for each plane and block, (p, blocks): 2^-pos of its field."""
-    units = np.array([0.5 ** (field.index * field.width % 8) for field in fields(matrix.bits)[0]])
-    if isinstance(matrix, Pairs):
-        return np.broadcast_to(np.resize(units, matrix.blocks), (matrix.planes, matrix.blocks))
-    return np.broadcast_to(units[:, None], (matrix.planes, matrix.blocks))
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Prepares a block of x. `pairs` have one field for a block, dense weights one for a plane; without bits, none."""
+
+    planes: int
+    columns: int
+    bits: int | None
+    pairs: bool
+    flipped: bool
+
+    @classmethod
+    def of(cls, matrix: Arranged, flipped: bool) -> "Prepare":
+        bits = matrix.bits if _coded(matrix) else None
+        return cls(matrix.planes, matrix.columns, bits, isinstance(matrix, Pairs), flipped)
+
+    def __call__(self, x_ref: Any, planes_ref: Any, *refs: Any) -> None:
+        *sums_ref, factors_ref = refs
+        block = pl.program_id(0)
+        parts = [self._plane(x_ref, block, i, factors_ref.shape[0]) for i in range(self.planes)]
+        largest = parts[0]
+        for part in parts[1:]:
+            largest = jnp.maximum(jnp.abs(largest), jnp.abs(part))
+        power = _power(jnp.max(jnp.abs(largest), axis=0))
+        factors_ref[...] = power * (1 / LARGEST)
+        sums = jnp.zeros_like(power)
+        for i, part in enumerate(parts):
+            unit = self._unit(block, i)
+            rounded = (part * (LARGEST / power * unit)[None]).astype(jnp.float16)
+            planes_ref[i, :, :] = rounded.T if self.flipped else rounded
+            if self.bits:
+                # From what was rounded: what is subtracted is large beside what is left.
+                sums += jnp.sum(rounded.astype(jnp.float32), axis=0) * (BIAS + OFFSET[self.bits] / unit)
+        if self.bits:
+            sums_ref[0][...] = sums
+
+    def _plane(self, x_ref: Any, block: Int[Array, ""], plane: int, rows: int) -> Float[Array, "c m"]:
+        """Returns a block's inputs of one plane in float32; what is past x's ends is 0."""
+        (m, k), shape = x_ref.shape, (self.columns, rows)
+        row = jnp.broadcast_to(jnp.arange(rows)[None], shape)
+        at = (block * self.columns + jnp.arange(self.columns)) * self.planes + plane
+        at = jnp.broadcast_to(at[:, None], shape)
+        found = x_ref[jnp.minimum(row, m - 1), jnp.minimum(at, k - 1)].astype(jnp.float32)
+        return jnp.where((row < m) & (at < k), found, 0)
+
+    def _unit(self, block: Int[Array, ""], plane: int) -> Any:
+        """Returns what a code is worth: 2^-pos of its field."""
+        if not self.bits:
+            return 1.0
+        units = [0.5 ** (field.index * field.width % 8) for field in fields(self.bits)[0]]
+        if not self.pairs:
+            return units[plane]
+        # Positions repeat with every byte.
+        return units[0] + (block % 2).astype(jnp.float32) * (units[1] - units[0])
 
 
-def _power(x: Float[Array, "m k"]) -> Float[Array, "m"]:
-    """Returns the power of two at or below each row's largest number; 2^-100 at least."""
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=1), 2.0**-100)
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
+def _planes(p: int, c: int, m: int, flipped: bool) -> pl.BlockSpec:
+    """Returns the spec of a block's planes."""
+    if flipped:
+        return pl.BlockSpec((p, m, c), lambda block: (0, 0, block))
+    return pl.BlockSpec((p, c, m), lambda block: (0, block, 0))
+
+
+def _coded(matrix: Arranged) -> bool:
+    return matrix.scales is not None
+
+
+def _power(x: Float[Array, "m"]) -> Float[Array, "m"]:
+    """Returns the power of two at or below numbers from 0 on; 2^-100 at least."""
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(x, 2.0**-100), jnp.int32) & 0x7F800000
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

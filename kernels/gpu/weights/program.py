@@ -53,6 +53,7 @@ class Program:
     def __call__(self, *refs: Any) -> None:
         x_ref, *arrays, out_ref = refs
         sums_ref = arrays.pop(0) if self.bits < FLOAT else None
+        factors_ref = arrays.pop(0) if x_ref.dtype == jnp.float16 else None
         scales_ref = arrays.pop(0) if self.grouped else None
         steps = self.blocks // self.step
         each = pl.cdiv(steps, self.splits)
@@ -61,10 +62,11 @@ class Program:
         def step(at: Int[Array, ""], total: Array) -> Array:
             for i, planes in enumerate(self._step(at, arrays)):
                 block = at * self.step + i
-                if sums_ref is None:
+                if factors_ref is None:
                     total = self._added(total, planes, x_ref, block)
                     continue
-                own = self._added(jnp.zeros_like(total), planes, x_ref, block) - sums_ref[block, :][None]
+                own = self._added(jnp.zeros_like(total), planes, x_ref, block)
+                own = (own if sums_ref is None else own - sums_ref[block, :][None]) * factors_ref[block, :][None]
                 total += own if scales_ref is None else own * scales_ref[block, :].astype(jnp.float32)[:, None]
             return total
 

@@ -101,6 +101,7 @@ struct Avx2 {
 };
 
 bool RunsHere() {
+  __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("popcnt");
 }

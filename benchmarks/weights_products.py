@@ -1,6 +1,7 @@
 """One row times a matrix, in every format, beside XLA and torch: milliseconds, bytes a second, by turns."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,8 +117,11 @@ def _torch(x: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, tuple[Produ
         copies = [weight.to(dtype).clone() for _ in range(COPIES)]
         name = str(dtype).removeprefix("torch.")
         yield f"torch, {name}", (_turned(linear, row.to(dtype), copies), weight.numel() * dtype.itemsize)
-    quantized = torch.quantize_per_channel(weight, weight.abs().amax(1) / 127, torch.zeros(len(weight)), 0, torch.qint8)
-    packed = [torch.ops.quantized.linear_prepack(quantized.clone(), None) for _ in range(COPIES)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says it will drop it, and has no other product of int8 on CPUs
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, weight.abs().amax(1) / 127, zeros, 0, torch.qint8)
+        packed = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(COPIES)]
     yield "torch, int8", (_turned(torch.ops.quantized.linear_dynamic, row, packed), weight.numel())
 
 

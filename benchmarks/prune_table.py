@@ -8,45 +8,48 @@ from lmmjax.prune.allocations import ALLOCATIONS
 from lmmjax.prune.updates import UPDATES
 
 Row = Mapping[str, Any]
+Measures = Sequence[tuple[str, str]]
 LEGEND = """Every score of `python -m lmmjax.prune` alone and with the weights that stay updated, uniform over all
 linears; *own mask* is the update that chooses by itself. Then allocations of the same exact sparsity over layers, by
 the score lognorm, without an update. Statistics are one-shot, those of the dense model, so that all methods of a seed
 rest on the same; a seed draws what is calibrated on. *-*: not measured.
 """
-MEASURES = (("right", "easy-VQA, right"), ("ppl", "perplexity"))
+RIGHT, TEXT = ("right", "easy-VQA, right"), ("ppl", "perplexity")
+KL = ("kl", "easy-VQA, KL")
+"""What stands in for perplexity where there is no text: nats an answer token from the dense model's predictions."""
 
 
 def page(name: str, found: Mapping[str, Any]) -> str:
     """Returns both tables of a file of `benchmarks.prune_quality`, and what they rest on."""
-    cells = found["cells"]
-    return "\n".join([_updates(cells), _allocations(cells), _small_print(name, found)])
+    cells, measures = found["cells"], (RIGHT, TEXT if found["settings"]["text"] else KL)
+    return "\n".join([_updates(cells, measures), _allocations(cells, measures), _small_print(name, found)])
 
 
-def _updates(cells: Sequence[Row]) -> str:
+def _updates(cells: Sequence[Row], measures: Measures) -> str:
     columns = ("none", *UPDATES)
-    head = ["sparsity", "score", *(f"{what}: {_named(update)}" for _, what in MEASURES for update in columns)]
+    head = ["sparsity", "score", *(f"{what}: {_named(update)}" for _, what in measures for update in columns)]
     dense = next(row for row in cells if not row["level"])
-    lines = [["", "dense", _figure([dense], "right"), "", "", _figure([dense], "ppl"), "", ""]]
+    lines = [["", "dense", *(cell for measure, _ in measures for cell in (_figure([dense], measure), "", ""))]]
     uniform = [row for row in cells if row["level"] and row["allocation"] == "uniform"]
     for level in tables.sparsities(uniform):
         of = [row for row in uniform if row["level"] == level]
         scores = [name for name in dict.fromkeys(row["score"] for row in of) if name not in UPDATES]
         chosen_by_itself = [None] if any(row["score"] in UPDATES for row in of) else []
         for name in (*scores, *chosen_by_itself):
-            lines.append([tables.share(level), name or "own mask", *_line(of, name, columns)])
+            lines.append([tables.share(level), name or "own mask", *_line(of, name, columns, measures)])
     return tables.table(head, lines)
 
 
-def _line(of: Sequence[Row], score: str | None, columns: Sequence[str]) -> list[str]:
+def _line(of: Sequence[Row], score: str | None, columns: Sequence[str], measures: Measures) -> list[str]:
     """Returns a score's figures, or those of updates that choose by themselves."""
 
     def chosen(update: str) -> list[Row]:
         return [row for row in of if row["update"] == update and row["score"] == (score or update)]
 
-    return [_figure(chosen(update), measure) for measure, _ in MEASURES for update in columns]
+    return [_figure(chosen(update), measure) for measure, _ in measures for update in columns]
 
 
-def _allocations(cells: Sequence[Row]) -> str:
+def _allocations(cells: Sequence[Row], measures: Measures) -> str:
     head = ["sparsity", "", *ALLOCATIONS]
     rows = [row for row in cells if row["score"] == "lognorm" and row["update"] == "none" and ":" not in row["level"]]
     lines = [
@@ -59,7 +62,7 @@ def _allocations(cells: Sequence[Row]) -> str:
             ),
         ]
         for level in tables.sparsities(rows)
-        for measure, what in MEASURES
+        for measure, what in measures
     ]
     return tables.table(head, lines)
 
@@ -69,7 +72,7 @@ def _figure(rows: Sequence[Row], measure: str) -> str:
         return "-"
     if measure == "right":
         return tables.spread([100 * row["right"] for row in rows], ".1f", "%")
-    return tables.spread([row["ppl"] for row in rows], ".1f")
+    return tables.spread([row[measure] for row in rows], ".1f" if measure == "ppl" else ".3f")
 
 
 def _named(update: str) -> str:

@@ -53,15 +53,17 @@ def test_it_measures_and_goes_on_where_it_stopped(results, monkeypatch, capsys):
 def test_tables_take_means_over_seeds():
     cell = {"level": "2:4", "score": "ria", "update": "admm", "allocation": "uniform"}
     cells = [
-        {**cell, "level": "", "score": "", "update": "none", "right": 1.0, "ppl": 8.0},
-        {**cell, "right": 0.5, "ppl": 10.0},
-        {**cell, "right": 0.7, "ppl": 14.0},
+        {**cell, "level": "", "score": "", "update": "none", "right": 1.0, "ppl": 8.0, "kl": 0.0},
+        {**cell, "right": 0.5, "ppl": 10.0, "kl": 0.5},
+        {**cell, "right": 0.7, "ppl": 14.0, "kl": 0.7},
         {**cell, "score": "admm", "right": 0.25, "ppl": 9.0},
     ]
     settings = {"samples": 8, "calibration_samples": 4, "calibration_windows": 2, "length": 16}
-    settings |= {"calibration": ["a.txt"], "text": None}
+    settings |= {"calibration": ["a.txt"], "text": {"files": ["b.txt"], "windows": 1, "context": 16, "stride": 16}}
     about = {"cpu": "Abacus", "cores_used": 2, "device": "cpu", "date": "2030-01-02T03", "versions": {"jax": "1.2.3"}}
     page = prune_table.page("x.json", {"cells": cells, "settings": settings, "about": about})
     assert "|  | dense | 100.0% |  |  | 8.0 |  |  |" in page
     assert "| 2:4 | ria | - | - | 60.0 ± 14.1% | - | - | 12.0 ± 2.8 |" in page
     assert "| 2:4 | own mask | - | - | 25.0% | - | - | 9.0 |" in page
+    page = prune_table.page("x.json", {"cells": cells[:3], "settings": settings | {"text": None}, "about": about})
+    assert "| 2:4 | ria | - | - | 60.0 ± 14.1% | - | - | 0.600 ± 0.141 |" in page

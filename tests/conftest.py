@@ -1,5 +1,6 @@
 """What tests of several packages share: random tiny checkpoints, written without torch."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,13 @@ from lmmjax.checkpoint import load, save
 from lmmjax.linears import kernels_of, with_kernels
 from lmmjax.llava import Params
 
-# Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time. On a
-# GPU they prove what users run.
+# Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time, and
+# without its emitters of fusions, which go through MLIR, three quarters of that. On a GPU they prove what users run.
+# XLA reads the environment once, with the backend: processes that tests start are as a user's.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    jax.local_devices()
+    del os.environ["XLA_FLAGS"]
 jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 
 

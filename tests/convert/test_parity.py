@@ -61,24 +61,27 @@ def ours(loaded: checkpoint.Checkpoint, rows: list[list[int]], images: np.ndarra
     """Returns our logits of the padded batch, and its greedy continuation through the cache."""
     config, params = loaded.config, loaded.params
     tokens, lengths = pad(rows)
-    features = llava.encode_images(config, params, jnp.asarray(images))
-    x = llava.embed(config, params, jnp.asarray(tokens), features)
     plan = uniform(config.text, cache=CacheFormat(dtype="float32"))
-    cache = empty_cache(config.text, plan, len(rows), tokens.shape[1] + NEW)
-    states, cache = llava.extend(config, params, cache, x, jnp.asarray(lengths))
-    logits = llava.logits(config, params, states)
 
     @jax.jit
-    def step(cache, token):
+    def prefill(params, images):
+        x = llava.embed(config, params, jnp.asarray(tokens), llava.encode_images(config, params, images))
+        cache = empty_cache(config.text, plan, len(rows), tokens.shape[1] + NEW)
+        states, cache = llava.extend(config, params, cache, x, jnp.asarray(lengths))
+        return cache, llava.logits(config, params, states)
+
+    @jax.jit
+    def step(params, cache, token):
         states, cache = llava.extend(
             config, params, cache, llava.embed(config, params, token[:, None], None), jnp.ones(len(rows), jnp.int32)
         )
         return cache, llava.logits(config, params, states[:, 0]).argmax(-1)
 
+    cache, logits = prefill(params, images)
     token = logits[jnp.arange(len(rows)), lengths - 1].argmax(-1)
     answers = [token]
     for _ in range(NEW - 1):
-        cache, token = step(cache, token)
+        cache, token = step(params, cache, token)
         answers.append(token)
     return [np.asarray(logits[i, :n]) for i, n in enumerate(lengths)], np.stack(answers, 1).tolist()
 

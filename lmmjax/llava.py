@@ -90,9 +90,14 @@ def shapes(config: LlavaConfig, dtype: str = "float32") -> Params:
         last = (vision.layers,) * len(vision.feature_layers)  # so that every layer is run
         config = dataclasses.replace(config, vision=dataclasses.replace(vision, feature_layers=last))
         norm = {"post_norm": dict.fromkeys(("scale", "bias"), jax.ShapeDtypeStruct((vision.width,), dtype))}
-    tree: Any = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    tree = {name: {**part, **norm} if name == "vision" else part for name, part in tree.items()}
+    tree = {name: {**part, **norm} if name == "vision" else part for name, part in _made(config).items()}
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+@functools.cache
+def _made(config: LlavaConfig) -> dict[str, Any]:
+    """Returns the shapes of what `init` makes; tracing a whole model takes a while, and converters ask often."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
 def encode_images(config: LlavaConfig, params: Params, pixels: Float[Array, "n c y x"]) -> Float[Array, "n p e"]:

@@ -18,6 +18,7 @@ from lmmjax.llava import Params
 # Tests compile much and compute little: without XLA's expensive passes the suite takes less than half the time, and
 # without its emitters of fusions, which go through MLIR, three quarters of that. On a GPU they prove what users run.
 # XLA reads the environment once, with the backend: processes that tests start are as a user's.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the suite's own processes share a GPU
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     jax.local_devices()

@@ -71,5 +71,5 @@ def test_a_checkpoint_goes_in_answers_and_comes_out_again(place):
 
 
 def test_the_tests_command_is_the_one_that_ci_runs():
-    assert readme_command("tests") == "python -m pytest"
+    assert readme_command("tests") == "python -m pytest -n auto --maxprocesses 4 --dist loadfile"
     assert "README.md" in (ROOT / ".ci" / "run").read_text()

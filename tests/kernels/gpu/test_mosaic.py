@@ -46,9 +46,10 @@ def variants() -> dict[str, Any]:
 @pytest.fixture
 def compiled_fast() -> Iterator[None]:
     """Leaves out what XLA would spend most of a test's time on: it compiles the interpreter once a case."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.compile

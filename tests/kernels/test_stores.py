@@ -133,7 +133,7 @@ def test_exact_view_shows_new_tokens_unrounded(kind, side):
     view = exact_view(store, x[:, :, :6], starts, VISUAL)
     for row, start in enumerate((8, 3)):
         np.testing.assert_array_equal(view[row, :, start : start + 6], held(x[:, :, :6])[row])
-        np.testing.assert_array_equal(view[row, :, :start], read(store, starts)[row, :, :start])
+        np.testing.assert_array_equal(view[row, :, :start], store.read(starts, VISUAL)[row, :, :start])
 
 
 @pytest.mark.parametrize("side", AXES)
@@ -155,14 +155,14 @@ def test_a_split_store_deals_tokens_to_its_parts(side):
     """Sinks are exact, image tokens as a store of their own holds them, text as another: each in order."""
     x, lengths = tokens(6), jnp.asarray([22, 9])
     store = append(make("split4", side), x, ZERO, lengths)
-    seen, visual = np.asarray(read(store, lengths)), np.asarray(VISUAL)
+    seen, visual = np.asarray(store.read(lengths, VISUAL)), np.asarray(VISUAL)
     for row, length in enumerate((22, 9)):
         at = np.arange(length)
         for part, own in (("visual", (at >= 2) & visual[row, :length]), ("text", (at >= 2) & ~visual[row, :length])):
             alone = make("packed2", side, axis="tokens") if part == "visual" else make("packed4", side)
             count = jnp.full(2, own.sum())
             mine = x[:, :, np.resize(at[own], CAPACITY)]  # one shape, one program
-            alone = read(append(alone, mine, ZERO, count), count)[row, :, : own.sum()]
+            alone = append(alone, mine, ZERO, count).read(count)[row, :, : own.sum()]
             np.testing.assert_array_equal(seen[row][:, at[own]], alone)
         np.testing.assert_array_equal(seen[row, :, :2], held(x)[row, :, :2])
         np.testing.assert_array_equal(seen[row, :, length:], 0)

@@ -50,6 +50,11 @@ def prompts() -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(samples.tokens, (7, 12, 10), strict=True)]
 
 
+def decode(params: llava.Params, state: engine.State, steps: int) -> engine.State:
+    """Returns the state after so many steps. The backend is given, as `generate` does: else it is another program."""
+    return engine.decode(CONFIG, params, state, steps, None)
+
+
 def room(name: str) -> engine.Room:
     """Returns the room that prompts of a bucket get for answers of 20 tokens: of one size, so programs are shared."""
     return engine.room(CONFIG, PLANS[name], 16, [4], 20)
@@ -98,7 +103,7 @@ def test_strides_and_padding_change_nothing(params: llava.Params, images: jax.Ar
     whole = engine.generate(CONFIG, params, *pad(prompts()), images, **settings)
     state = engine.start(CONFIG, params, *pad(prompts(), to=20), images, **settings)
     for steps in (1, 2, 5, 100):
-        state = engine.decode(CONFIG, params, state, steps)
+        state = decode(params, state, steps)
     assert engine.answers(state) == whole
     assert state.done.all()
 
@@ -117,7 +122,7 @@ def test_decoding_stops_when_all_rows_are_done(params: llava.Params, images: jax
     first = engine.generate(CONFIG, params, *pad(prompts()), images, max_tokens=1)
     state = engine.start(CONFIG, params, *pad(prompts()), images, eos=[row[0] for row in first], **settings)
     assert state.done.all()
-    state = engine.decode(CONFIG, params, state, 30)
+    state = decode(params, state, 30)
     assert engine.answers(state) == first
     assert state.cache.lengths.tolist() == [7, 12, 10]
 
@@ -139,7 +144,7 @@ def test_weights_in_bfloat16_keep_a_cache_in_bfloat16(params: llava.Params, imag
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     state = engine.start(CONFIG, half, *pad(prompts()), images, max_tokens=8)
     assert state.cache.layers[0][0].dtype == jnp.bfloat16
-    assert [len(row) for row in engine.answers(engine.decode(CONFIG, half, state, 8))] == [8, 8, 8]
+    assert [len(row) for row in engine.answers(decode(half, state, 8))] == [8, 8, 8]
 
 
 def test_padding_may_be_any_token(params: llava.Params, images: jax.Array):
@@ -159,7 +164,7 @@ def test_nothing_of_the_caller_is_consumed(params: llava.Params, images: jax.Arr
 def test_the_state_is_given_up_to_its_successor(params: llava.Params, images: jax.Array):
     state = engine.start(CONFIG, params, *pad(prompts()), images, max_tokens=8)
     kept = state.cache.layers[0][0].values
-    engine.decode(CONFIG, params, state, 1)
+    decode(params, state, 1)
     assert kept.is_deleted()
 
 
@@ -182,7 +187,7 @@ def test_other_prompts_of_the_same_bucket_trace_nothing(
                 sampling=Sampling(0.5 * cut, cut, 1 - 0.1 * cut),
                 eos=(cut,),
             )
-            engine.decode(CONFIG, params, state, steps)
+            decode(params, state, steps)
     assert traces == [(3, 16, 32), (3, 1, 32)]
 
 
@@ -242,7 +247,7 @@ def test_a_second_turn_continues_the_first(params: llava.Params, images: jax.Arr
     cache = engine.new_cache(CONFIG, params, PLANS[name], 1, *room(name))
     past = engine.read(CONFIG, params, cache, *pad([prompt[:-1]]), images[:1])
     state = engine.start(CONFIG, params, *pad([prompt[-1:]]), past=past, max_tokens=5)
-    state = engine.decode(CONFIG, params, state, 5)
+    state = decode(params, state, 5)
     first = engine.answers(state)[0]
     # An answer's last token is not in the cache yet: it leads the next turn.
     second = engine.generate(CONFIG, params, *pad([[first[-1], *more]]), past=state.cache, max_tokens=6)
@@ -258,7 +263,7 @@ def test_a_turn_taken_back_leaves_no_trace(params: llava.Params, images: jax.Arr
     cache = engine.new_cache(CONFIG, params, PLANS[name], 1, *room(name))
     past = engine.read(CONFIG, params, cache, *pad([prompt[:-1]]), images[1:2])
     state = engine.start(CONFIG, params, *pad([prompt[-1:]]), past=past, max_tokens=3)
-    state = engine.decode(CONFIG, params, state, 3)
+    state = decode(params, state, 3)
     back = state.cache.crop(jnp.array([len(prompt) - 1]))
     again = engine.generate(CONFIG, params, *pad([prompt[-1:]]), past=back, max_tokens=3)
     assert again == engine.answers(state)

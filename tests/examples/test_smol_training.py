@@ -97,7 +97,8 @@ def merged(params, factors):
 
 def test_fresh_adapters_change_nothing_and_trained_ones_add_up(model):
     x = jax.random.normal(jax.random.key(0), (1, 5, model.config.text.width))
-    run = lambda params: llava.forward(model.config, params, x, jnp.arange(5)[None], jnp.tri(5, dtype=bool)[None])  # noqa: E731
+    at, mask = jnp.arange(5)[None], jnp.tri(5, dtype=bool)[None]
+    run = jax.jit(lambda params: llava.forward(model.config, params, x, at, mask))
     fresh = lora.adapt(model.params, lora.initial_factors(model.config, jax.random.key(0)))
     np.testing.assert_array_equal(run(fresh), run(model.params))
     factors = factors_of(model.config)
@@ -124,8 +125,9 @@ def test_the_loss_is_the_mean_over_the_answers_of_whole_unpacked_sequences(model
         predicted = jax.nn.log_softmax(np.asarray(logits(params, shown))[0, at - 1])
         losses.extend(-np.asarray(predicted)[np.arange(len(answer)), answer])
         right.append(bool((predicted.argmax(-1) == np.array(answer)).all()))
-    both = objective.answering(trained, frozen, rows, text)
-    expected = np.mean(losses) + learning.TEXT_WEIGHT * learning.text_loss(model.config, params, text)
+    both = jax.jit(objective.answering)(trained, frozen, rows, text)
+    of_text = jax.jit(learning.text_loss, static_argnums=0)(model.config, params, text)
+    expected = np.mean(losses) + learning.TEXT_WEIGHT * of_text
     assert float(both) == pytest.approx(float(expected), rel=1e-4)
     judging = report.judge(model, frozen, packed, 3)(trained)
     found = np.zeros(len(samples), bool)

@@ -30,6 +30,8 @@ PLANS = {
 }
 
 
+NAMES = [*list(PLANS)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(PLANS)[2:])]
+"""Of all plans; the last two take most of the time that these tests spend on compiling."""
 ONE = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, layers=1))
 """Of a single layer, where its cache is the matter and both layers' would be alike."""
 
@@ -82,7 +84,7 @@ def test_greedy_answers_are_those_of_whole_forward_passes(params: llava.Params, 
     assert got == [by_hand(params, prompt, image, 9) for prompt, image in zip(prompts(), images, strict=True)]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0, 0.95)])
 def test_a_batch_of_unequal_prompts_answers_as_each_does_alone(
     params: llava.Params, images: jax.Array, name: str, sampling: Sampling
@@ -97,7 +99,7 @@ def test_a_batch_of_unequal_prompts_answers_as_each_does_alone(
         assert together[row] == alone[0]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_strides_and_padding_change_nothing(params: llava.Params, images: jax.Array, name: str):
     settings = {"max_tokens": 20, "plan": PLANS[name]}
     whole = engine.generate(CONFIG, params, *pad(prompts()), images, **settings)
@@ -225,7 +227,7 @@ def test_a_kernel_in_the_decode_loop_answers_as_the_reference_does(params: llava
     assert answers("triton") == answers("reference")
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_prompts_whose_beginning_was_read_once_answer_as_whole_ones(params: llava.Params, images: jax.Array, name: str):
     """Rows 0 and 2 go on from the first prompt's image, row 1 from the second's; paddings differ."""
     settings = {"max_tokens": 20}
@@ -240,7 +242,7 @@ def test_prompts_whose_beginning_was_read_once_answer_as_whole_ones(params: llav
     assert engine.generate(CONFIG, params, *pad(rest), past=past, **settings) == expected
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_turn_continues_the_first(params: llava.Params, images: jax.Array, name: str):
     """The cache of an answered turn is the past of the next one: the same tokens as the whole talk as one prompt."""
     prompt, more = prompts()[0], [5, 6, 7]
@@ -256,7 +258,7 @@ def test_a_second_turn_continues_the_first(params: llava.Params, images: jax.Arr
     assert second[0] == whole[0][:6]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_turn_taken_back_leaves_no_trace(params: llava.Params, images: jax.Array, name: str):
     """A cache cropped to where it stood answers the same again, tokens that were rounded meanwhile apart."""
     prompt = prompts()[1]
@@ -277,6 +279,7 @@ def test_a_past_without_room_is_refused(params: llava.Params, images: jax.Array)
         engine.start(CONFIG, params, *pad([[1] * 6]), past=past, max_tokens=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sinks", [0, 3, 8])
 def test_parts_are_filled_to_their_last_place_and_no_further(images: jax.Array, sinks: int):
     """Sinks that reach into the picture leave text its room; an answer ends where a part does."""

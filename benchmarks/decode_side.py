@@ -5,6 +5,7 @@ Prints a line of JSON: milliseconds a token of each run, the tokens, the bytes o
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # XLA takes what it is given
     run, nbytes = SIDES[args.side](args.model, args.tokens, args.threads)
     run()  # compiles, allocates, fills the caches
     runs, ids = zip(*(run() for _ in range(args.repeats)), strict=True)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from lmmjax import checkpoint, perplexity
-from lmmjax.checkpoint import Checkpoint, read_json
+from lmmjax.checkpoint import Checkpoint
 from lmmjax.errors import InputError
-from lmmjax.files import write_atomic
+from lmmjax.files import read_json, write_atomic
 from lmmjax.perplexity import Window
 from lmmjax.prompt import Processor
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kv_table, prune_table
+from benchmarks import kv_table, prune_table, weights_table
 from benchmarks.machine import RESULTS
 from benchmarks.tables import interval, machine, share, source, sparsities, spread, table, text
 from lmmjax.errors import exit_code
@@ -16,7 +16,8 @@ TARGET = Path(__file__).parents[1] / "docs" / "results.md"
 INTRODUCTION = """# What compression costs
 
 Made by `python -m benchmarks.results` from the files in [benchmarks/results](../benchmarks/results); `python -m
-benchmarks.quality`, `python -m benchmarks.prune_quality` and `python -m benchmarks.kv_quality` measure.
+benchmarks.quality`, `python -m benchmarks.prune_quality`, `python -m benchmarks.kv_quality` and `python -m
+benchmarks.weights` measure.
 
 Pruned models keep a dense KV cache and quantized caches stand under dense weights, so that each table shows one loss.
 *Searched* is what TPE found: a sparsity a layer for the score lognorm, or widths for each layer's keys and values in
@@ -55,6 +56,9 @@ def page(folder: Path) -> str:
     formats = [json.loads(path.read_text()) for path in sorted(folder.glob("kv-quality-*.json"))]
     parts += [f"## KV cache formats\n\n{kv_table.LEGEND}"] if formats else []
     parts += [f"### {found['settings']['model']}, formats\n\n{kv_table.page(found)}\n" for found in formats]
+    packed = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("weights-cpu*.json"))]
+    parts += [f"## Packed weights\n\n{weights_table.LEGEND}"] if packed else []
+    parts += [weights_table.page(name, found) for name, found in packed]
     return "\n".join(parts)
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print(_products(known["products"]))
     if "decode" in args.section:
         llama = (args.llama[0], Path(args.llama[1])) if args.llama else None
-        sides = weights_decode.measure(args.model, args.work, args.rounds, args.tokens, llama)
+        sides = weights_decode.measure(args.model, args.work / args.model.name, args.rounds, args.tokens, llama)
         known["decode"] = {"about": machine.facts(), "model": args.model.name, "tokens": args.tokens, "sides": sides}
         print(_decode(known["decode"]))
     write_atomic(path, json.dumps(known, indent=1) + "\n")

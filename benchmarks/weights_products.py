@@ -16,8 +16,9 @@ SHAPES = {
     "smol, head": (576, 49152),
     "7B, gate": (4096, 11008),
 }
-"""Inputs and outputs. Three copies of every matrix, taken by turns, so that no cache holds the next one's weights."""
+"""Inputs and outputs."""
 COPIES = 3
+"""Of every matrix, taken by turns: the large ones come from memory; of the two small ones a cache may hold all."""
 FORMATS = [
     ("dense", 16),
     ("dense", 8),

@@ -112,7 +112,6 @@ def _open(vision: Path, text: Path, unpacked: Path) -> "tuple[Tower, Decoder, st
     from convert.parts import CHAT_TEMPLATE, Decoder
     from convert.source import open_source
     from convert.tower import open_tower
-    from lmmjax import checkpoint
 
     if not vision.is_dir():
         raise InputError(f"--vision: there is no directory {vision}; expected one with a CLIP model")
@@ -120,7 +119,7 @@ def _open(vision: Path, text: Path, unpacked: Path) -> "tuple[Tower, Decoder, st
         return open_tower(vision), _open_gguf(text, unpacked), CHAT_TEMPLATE
     if not text.is_dir():
         raise InputError(f"--text: there is no {text}; expected a directory or a .gguf file")
-    raw = checkpoint.read_json(text / "config.json")
+    raw = files.read_json(text / "config.json")
     if original.is_original(raw):
         return *original.parts(text, raw, vision), original.chat_template(text)
     if raw.get("model_type") not in ("llama", "mistral"):
@@ -155,7 +154,7 @@ def _template(decoder: "Decoder", default: str | None, file: Path | None, own: b
 
 
 def _has_template(directory: Path) -> bool:
-    from lmmjax.checkpoint import read_json
+    from lmmjax.files import read_json
 
     if any((directory / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True

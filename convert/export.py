@@ -19,11 +19,11 @@ def export(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     # Imported here, for they take seconds, and need the right `kernels`: `exit_code` looks first.
     from convert.unpacking import DenseReader
     from convert.writing import write
-    from lmmjax import checkpoint
+    from lmmjax import checkpoint, files
 
     checkpoint.describe(source)
     reader = DenseReader(source / "params")
-    config = checkpoint.read_json(source / "config.json")
+    config = files.read_json(source / "config.json")
     carried = [source / "config.json", *checkpoint.carried_files(source)]
     write(target, config, carried, reader.leaves, reader.read, shard_bytes)
 

@@ -86,7 +86,7 @@ def _gather(source: Path, vision: Path | None, scratch: Path) -> "Material":
     from lmmjax import checkpoint
     from lmmjax.config import from_hf
 
-    raw = checkpoint.read_json(source / "config.json")
+    raw = files.read_json(source / "config.json")
     if original.is_original(raw):
         return original.gather(source, raw, vision, scratch)
     config = from_hf(raw)  # before the weights are looked for, so that another architecture is called that

@@ -14,8 +14,8 @@ import numpy as np
 from convert import DTYPES
 from convert.names import PEFT_PREFIX, canonical
 from convert.source import Source, open_file
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
+from lmmjax.files import read_json
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Settings without a say in what is merged: which layers were trained is in the tensors' names.

@@ -14,6 +14,7 @@ import numpy as np
 
 from convert import SHARD_BYTES, shards
 from convert.names import Slot, slots
+from convert.writing import require_fit
 from kernels.weights import Matrix, formats
 from lmmjax import checkpoint, files, weights
 from lmmjax.config import from_hf
@@ -23,16 +24,18 @@ def export_packed(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) ->
     """Writes the lmmjax checkpoint `source` as the directory `target`, a tensor in memory.
 
     Raises:
-        InputError: `source` is no whole checkpoint, or `target` exists.
+        InputError: `source` is no whole checkpoint or its weights do not fit its config, or `target` exists.
     """
     checkpoint.describe(source)
     reader = weights.Reader(source / "params")
-    config = from_hf(checkpoint.read_json(source / "config.json"))
-    places = [slot for slot in slots(config) if slot.leaf in reader.leaves]
+    leaves = reader.leaves
+    config = from_hf(files.read_json(source / "config.json"))
+    require_fit(config, slots(config), leaves)
+    places = [slot for slot in slots(config) if slot.leaf in leaves]
     with files.atomic_directory(target) as temporary:
-        entries = [entry for slot in places for entry in _entries(slot, reader.leaves)]
+        entries = [entry for slot in places for entry in _entries(slot, leaves)]
         shards.write(temporary, entries, _tensors(places, reader), shard_bytes, "packed")
-        (temporary / "packed.json").write_text(json.dumps(_facts(places, reader.leaves), indent=1))
+        (temporary / "packed.json").write_text(json.dumps(_facts(places, leaves), indent=1))
         for file in (source / "config.json", *checkpoint.carried_files(source)):
             shutil.copyfile(file, temporary / file.name)
 

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.names import Shape
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError, first_line
+from lmmjax.files import read_json
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError, first_line
+from lmmjax.files import read_json
 
 IMAGE_TOKEN = "<image>"
 _NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

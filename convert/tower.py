@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from convert.source import Renamed, Source, open_source
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
+from lmmjax.files import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
 _OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")

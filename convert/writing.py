@@ -54,7 +54,7 @@ def write(
     """
     config = from_hf(raw)
     places = slots(config)
-    _require_fit(config, places, leaves)
+    require_fit(config, places, leaves)
     vocabulary = max(config.text.vocab, 0 if config.image_token is None else config.image_token + 1)
     entries = [_entry(slot, leaves, vocabulary) for slot in places]
     with files.atomic_directory(target) as temporary:
@@ -78,7 +78,8 @@ def _tensors(places: Sequence[Slot], leaves: Leaves, read: Read) -> Iterator[tup
             yield slot, slot.to_theirs(found[slot.leaf]) if slot.leaf in found else _stand_in(slot, leaves)
 
 
-def _require_fit(config: LlavaConfig, places: Sequence[Slot], leaves: Leaves) -> None:
+def require_fit(config: LlavaConfig, places: Sequence[Slot], leaves: Leaves) -> None:
+    """Raises InputError unless the leaves are those of the places, in their shapes; what no model reads may lack."""
     shapes = {slot.leaf: slot.our_shape for slot in places}
     unread = {slot.leaf for slot in places if _is_unread(config, slot.leaf)}
     problems = [

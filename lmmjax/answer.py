@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from kernels.attend import BACKENDS
 from kernels.weights.matmul import choose
-from lmmjax import checkpoint, engine, weights
+from lmmjax import checkpoint, engine, files, weights
 from lmmjax.cache import cache_bytes
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LlavaConfig, from_hf
@@ -82,7 +82,7 @@ class Answer:
 
 def read_config(path: Path) -> LlavaConfig:
     """Returns the config of a checkpoint whose weights are not loaded yet."""
-    return from_hf(checkpoint.read_json(path / "config.json"))
+    return from_hf(files.read_json(path / "config.json"))
 
 
 def load(path: Path, plan: Plan | None = None) -> Model:

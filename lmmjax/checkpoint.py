@@ -130,7 +130,7 @@ def describe(path: Path) -> Mapping[str, Any]:
     """
     if not (path / "lmmjax.json").exists():
         raise InputError(f"{path} is no lmmjax checkpoint (no lmmjax.json); make one: python -m convert.hf SRC {path}")
-    about = read_json(path / "lmmjax.json")
+    about = files.read_json(path / "lmmjax.json")
     if type(about.get("format")) is not int or not 1 <= about["format"] <= FORMAT:  # a bool is an int, too
         raise InputError(
             f"{path}: checkpoint format {about.get('format')!r}, this lmmjax reads up to {FORMAT}; update lmmjax"
@@ -149,7 +149,7 @@ def described(path: Path) -> tuple[LlavaConfig, Plan | None]:
         InputError: as `load`.
     """
     about = describe(path)
-    config = from_hf(read_json(path / "config.json"))
+    config = from_hf(files.read_json(path / "config.json"))
     return config, None if about["plan"] is None else Plan.from_json(json.dumps(about["plan"])).check(config.text)
 
 
@@ -204,17 +204,6 @@ def cache_dir() -> Path:
 def carried_files(directory: Path) -> list[Path]:
     """Returns the tokenizer's, chat template's and preprocessor's files that the directory has."""
     return [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; raises InputError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: got a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _converted_once(source: Path) -> Path:

@@ -158,7 +158,7 @@ def _require_sight(args: argparse.Namespace, own: Sequence[Question], stored: "C
 
 
 def _contenders(args: argparse.Namespace, stored: "Checkpoint") -> "list[Contender]":
-    from lmmjax import answer, checkpoint
+    from lmmjax import answer, checkpoint, weights
     from lmmjax.contender import Contender
     from lmmjax.plan import Plan
 
@@ -169,6 +169,8 @@ def _contenders(args: argparse.Namespace, stored: "Checkpoint") -> "list[Contend
     dense = checkpoint.load(checkpoint.resolve(args.baseline)) if args.baseline else stored
     if dense.plan is not None and dense.plan.prunes:
         raise InputError(f"--baseline: {dense.path} is pruned; give the directory of the dense checkpoint it came from")
+    if weights.matrices(dense.params):
+        raise InputError(f"--baseline: {dense.path} is packed; give the directory of the dense checkpoint it came from")
     if dense is stored and plan is None:
         raise InputError("--baseline: the model is dense itself; give --plan, or --baseline DIR to compare with")
     if dense.config != stored.config:

@@ -78,6 +78,17 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: got a {type(content).__name__}, expected a JSON object")
+    return content
+
+
 def refuse_existing(path: Path) -> None:
     """Raises InputError if there is something at `path` already: to be asked before the work, too."""
     if path.exists() or path.is_symlink():

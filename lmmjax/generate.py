@@ -61,10 +61,14 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(result: "Answer") -> str:
     """Returns what the answer took, for people to read."""
+    from kernels.cpu import library
+
     vision = f"{result.images} x image {result.vision_ms:.1f} ms, " if result.images else ""
     speed = f": {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
     phases = "; ".join(f"{phase} {', '.join(names)}" for phase, names in result.attention.items())
     products = "".join(f"; products: {count} x {name}" for name, count in result.products.items())
+    if any(name.startswith("unpacked") for name in result.products) and (reason := library.missing()):
+        products += f" ({reason})"
     lines = [
         f"prompt   {result.prompt_tokens} tokens: {vision}prefill {result.prefill_ms:.1f} ms",
         f"answer   {result.tokens} tokens ({result.stopped}){speed}",

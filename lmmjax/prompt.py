@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
-from lmmjax.checkpoint import read_json
 from lmmjax.config import LlavaConfig
 from lmmjax.errors import InputError, is_unicode
+from lmmjax.files import read_json
 
 Picture = str | Path | Image.Image
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from lmmjax.checkpoint import cache_dir
+from lmmjax.errors import InputError
 
 
 def prepare() -> None:
@@ -24,7 +25,18 @@ def prepare() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         # By default only what took a second to compile is kept, but dozens of small programs add up.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if "LMMJAX_CPU" in os.environ:
+        _check_cpu_path()
     compile_seconds()
+
+
+def _check_cpu_path() -> None:
+    from kernels.cpu import library
+
+    try:
+        library.missing()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def compile_seconds() -> float:

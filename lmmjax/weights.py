@@ -21,6 +21,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from kernels.weights import Matrix, Table, formats
 from kernels.weights.matmul import placed
 from lmmjax.errors import InputError, first_line
+from lmmjax.files import read_json
 from lmmjax.llava import Params
 
 MATRICES = "matrices.json"
@@ -42,7 +43,7 @@ class Writer:
         if isinstance(leaf, Matrix):
             self._matrices[name] = formats.described(leaf)
             self._held |= {f"{name}.{field}": np.asarray(array) for field, array in formats.arrays(leaf).items()}
-            self.dtypes.add(str(leaf.values.dtype))
+            self.dtypes.add(f"{leaf.kind} {leaf.bits} bits")
         else:
             self._held[name] = leaf
             self.dtypes.add(str(leaf.dtype))
@@ -116,7 +117,7 @@ class Reader:
             for path, part in self._parts:
                 if here := {name: leaf for name, leaf in part.items() if self._leaf(name) in wanted}:
                     found |= _load(path, here)
-        return _gathered(found, {name: facts for name, facts in self._matrices.items() if name in wanted})
+        return _gathered(found, self._matrices)
 
     def _leaf(self, name: str) -> str:
         """Returns the leaf that a stored array is, or is a part of."""
@@ -125,7 +126,10 @@ class Reader:
 
 
 def read_tree(directory: Path, dtype: DTypeLike | None, device: jax.Device) -> Params:
-    """Returns all leaves on a device, cast to `dtype` if one is given; matrices without their zeros are as stored."""
+    """Returns all leaves on a device, cast to `dtype` if one is given.
+
+    Matrices without their zeros are not cast; they are laid out as the device multiplies by them, a part at a time.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
     matrices = _matrices(directory)
     found: dict[str, Any] = {}
@@ -138,34 +142,34 @@ def read_tree(directory: Path, dtype: DTypeLike | None, device: jax.Device) -> P
             )
             for name, leaf in part.items()
         }
-        found |= _load(path, like)
-    whole = {
-        name: placed(leaf) if isinstance(leaf, Matrix) else leaf for name, leaf in _gathered(found, matrices).items()
-    }
-    if dtype is not None:  # what tables give is cast, as plain embeddings are
-        whole = {
-            name: leaf.replace(dtype=str(dtype)) if isinstance(leaf, Table) else leaf for name, leaf in whole.items()
-        }
-    return unflatten_dict(whole, sep=".")
+        for name, leaf in _gathered(_load(path, like), matrices).items():
+            found[name] = _placed(leaf, dtype) if isinstance(leaf, Matrix) else leaf
+    return unflatten_dict(found, sep=".")
+
+
+def _placed(matrix: Matrix, dtype: DTypeLike | None) -> Matrix | jax.Array:
+    """Returns a matrix on its device; what tables give is cast, as plain embeddings are."""
+    return placed(matrix.replace(dtype=str(dtype)) if isinstance(matrix, Table) and dtype is not None else matrix)
 
 
 def _matrices(directory: Path) -> dict[str, Any]:
     """Returns the facts of the matrices without their zeros, by name."""
-    path = directory / MATRICES
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    return read_json(directory / MATRICES) if is_packed(directory) else {}
 
 
 def _gathered(found: dict[str, Any], matrices: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns leaves by name, with each matrix in the place of its arrays."""
+    """Returns leaves by name, with each matrix in the place of its arrays, which never lie in two parts."""
     whole = {name: leaf for name, leaf in found.items() if name.rpartition(".")[0] not in matrices}
-    for name, facts in matrices.items():
-        fields = {key.rpartition(".")[2]: leaf for key, leaf in found.items() if key.rpartition(".")[0] == name}
-        whole[name] = formats.assembled(facts, fields)
+    arrays: dict[str, dict[str, Any]] = {}
+    for name, leaf in found.items():
+        owner, _, field = name.rpartition(".")
+        if owner in matrices:
+            arrays.setdefault(owner, {})[field] = leaf
+    for name, fields in arrays.items():
+        try:
+            whole[name] = formats.assembled(dict(matrices[name]), fields)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{MATRICES}: {name} is no packed matrix ({error}); pack it again") from error
     return whole
 
 

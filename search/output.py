@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lmmjax import checkpoint
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
-from lmmjax.files import alone, write_atomic
+from lmmjax.files import alone, read_json, write_atomic
 from search import report, study
 from search.problem import Problem
 from search.space import Candidate

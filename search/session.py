@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial
 from tqdm import tqdm
 
 from lmmjax import cache_flags, checkpoint, runtime
-from lmmjax.checkpoint import read_json
 from lmmjax.config import TextConfig, from_hf
 from lmmjax.data import located
 from lmmjax.errors import InputError
+from lmmjax.files import read_json
 from search import allocated, output, problem, report, storage, study, warm
 from search.problem import Problem
 from search.settings import Settings, default_out, effort

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmjax import weights
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
+from lmmjax.files import read_json
 from lmmjax.kv_error import SIDES, WIDTHS
 from lmmjax.llava import Params
 from search.cache_budget import CacheBudget

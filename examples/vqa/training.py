@@ -17,9 +17,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lmmjax.checkpoint import read_json
 from lmmjax.errors import InputError
-from lmmjax.files import write_atomic
+from lmmjax.files import read_json, write_atomic
 
 
 class State(flax.struct.PyTreeNode):

@@ -18,10 +18,14 @@ PACKAGE = "lmmjax_cpu"
 
 @functools.cache
 def missing() -> str | None:
-    """Returns why there is no library, or None; loads it the first time."""
+    """Returns why there is no library, or None; loads it the first time.
+
+    Raises:
+        ValueError: LMMJAX_CPU names a path that this CPU does not have: an explicit choice never falls back.
+    """
     try:
         load()
-    except (AttributeError, OSError, RuntimeError, ValueError) as error:
+    except (AttributeError, OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
 

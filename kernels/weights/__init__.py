@@ -7,8 +7,8 @@ A matrix has K inputs and R outputs and lies by output: row r holds the weights 
 - int8 codes lie in -127..127; int4 codes in -7..7, stored as code + 8, two a byte, the low nibble first.
 - A weight is code * scale in float32, exactly; `group` consecutive inputs of a row share a scale (bfloat16), which is
   taken from the kept weights alone. |weight - code * scale| <= scale / 2 unless a smaller range was found better.
-- Floats come back as they went in: encode, then dense, is the identity.
-- The op on them is `kernels.weights.matmul.matmul`; `x @ matrix` is the same.
+- Floats come back as they went in, but for a zero's sign: encode, then dense, is the identity.
+- The op on them is `kernels.weights.matmul.matmul`; for a JAX array x, `x @ matrix` is the same.
 - The bytes that `WeightFormat.nbytes` predicts are those of the arrays.
 """
 

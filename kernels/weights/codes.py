@@ -16,15 +16,21 @@ SHARES = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
 def rounded(
     rows: Float[np.ndarray, "r k"], bits: int, group: int
 ) -> tuple[Int[np.ndarray, "r k"], Float[np.ndarray, "r g"]]:
-    """Returns codes and scales (bfloat16) of float32 rows; zeros neither count nor change."""
-    grouped = _grouped(rows, group)
-    most = MOST[bits]
+    """Returns codes and scales (bfloat16) of float32 rows; zeros neither count nor change.
+
+    Raises:
+        ValueError: a weight is no finite number.
+    """
+    if not np.isfinite(rows).all():
+        raise ValueError("weights: got NaN or infinity, expected finite numbers")
+    grouped, most = _grouped(rows, group), MOST[bits]
     span = np.abs(grouped).max(-1, keepdims=True)
+    unit = np.where(span, span, 1)  # errors in units of it, so that their squares neither overflow nor vanish
     best = np.full(span.shape, np.inf, np.float32)
     kept = np.zeros(span.shape, np.float32)
     for share in SHARES[bits]:
         scale = _upwards(share * span / most)
-        error = np.square(_codes(grouped, scale, most) * scale - grouped).sum(-1, keepdims=True)
+        error = np.square(_codes(grouped, scale, most) * (scale / unit) - grouped / unit).sum(-1, keepdims=True)
         kept, best = np.where(error < best, scale, kept), np.minimum(error, best)
     codes = _codes(grouped, kept, most).reshape(rows.shape[0], -1)[:, : rows.shape[1]]
     return codes.astype(np.int8), kept[..., 0].astype(ml_dtypes.bfloat16)

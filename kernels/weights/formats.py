@@ -1,6 +1,7 @@
 """The ways to keep a weight matrix, as pytrees: Full, NM and Bitmap, and a Table of embeddings. Laws: the package."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ class Matrix(struct.PyTreeNode):
     inputs: int = struct.field(pytree_node=False)
     bits: int = struct.field(pytree_node=False)
     group: int = struct.field(pytree_node=False)
+    __array_ufunc__ = None  # NumPy's arrays leave products to __rmatmul__, too
 
     @property
     def outputs(self) -> int:
@@ -189,7 +191,13 @@ KINDS: dict[str, type[Matrix]] = {"dense": Full, "table": Table, "bitmap": Bitma
 
 
 def described(matrix: Matrix) -> dict[str, Any]:
-    """Returns a matrix's static facts, ready for JSON: with its arrays by name they are the matrix."""
+    """Returns a matrix's static facts, ready for JSON: with its arrays by name they are the matrix.
+
+    Raises:
+        ValueError: a matrix that was laid out for a device.
+    """
+    if type(matrix) not in KINDS.values():
+        raise ValueError(f"matrix: got {type(matrix).__name__}, a device's layout; expected its `canonical()`")
     names = ("kind", "inputs", "bits", "group", "dtype")
     return {name: fact for name in names if (fact := getattr(matrix, name, None)) is not None}
 
@@ -206,13 +214,31 @@ def assembled(facts: dict[str, Any], arrays: dict[str, Any]) -> Matrix:
     Raises:
         ValueError: a kind that is not known, or arrays that do not belong to it.
     """
-    kind, static = facts["kind"], {name: fact for name, fact in facts.items() if name != "kind"}
-    if ":" in kind:
-        n, m = map(int, kind.split(":"))
-        kind, static = "n:m", {**static, "n": n, "m": m}
+    kind, static = str(facts.get("kind")), {name: fact for name, fact in facts.items() if name != "kind"}
+    if found := re.fullmatch(r"(\d+):(\d+)", kind):
+        kind, static = "n:m", {**static, "n": int(found[1]), "m": int(found[2])}
     if kind not in KINDS:
-        raise ValueError(f"kind: got {facts['kind']!r}, expected dense, table, bitmap or N:M")
+        raise ValueError(f"kind: got {kind!r}, expected dense, table, bitmap or N:M")
     try:
-        return KINDS[kind](**{"scales": None, **arrays}, **static)
-    except TypeError as error:
-        raise ValueError(f"arrays: got {', '.join(arrays)} for {facts['kind']} ({error})") from error
+        matrix = KINDS[kind](**{"scales": None, **arrays}, **static)
+        expected = _shapes(matrix)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"arrays: got {', '.join(arrays)} with {facts} ({error})") from error
+    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    if found != expected:
+        raise ValueError(f"arrays: got {found}, expected {expected} of {facts}")
+    return matrix
+
+
+def _shapes(matrix: Matrix) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that a matrix's arrays must have; how long a bitmap's values are, only these say."""
+    outputs, halves = matrix.outputs, 2 if matrix.bits == 4 else 1
+    per_row = matrix.per_row if isinstance(matrix, NM) else matrix.inputs
+    shapes = {"values": (outputs, -(-per_row // halves))}
+    if matrix.bits <= 8:
+        shapes["scales"] = (outputs, -(-matrix.inputs // matrix.group))
+    if not isinstance(matrix, Full):
+        shapes["mask"] = (outputs, masks.width(matrix.inputs))
+    if isinstance(matrix, Bitmap):
+        shapes |= {"values": (matrix.values.size,), "starts": (outputs + 1,)}
+    return shapes

@@ -11,7 +11,7 @@ from kernels.gpu import device
 from kernels.gpu.weights import matmul as triton
 from kernels.gpu.weights import mosaic
 from kernels.gpu.weights.arrange import arranged, why_not
-from kernels.weights.formats import Matrix, Table
+from kernels.weights.formats import Full, Matrix, Table
 
 
 def unpacked(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
@@ -34,10 +34,16 @@ stands behind unpacked, which can do anything: it runs by explicit choice alone 
 """
 
 
-def placed(matrix: Matrix) -> Matrix:
-    """Returns a matrix as this device's kernels read it: to be called once, when it is loaded."""
-    gpu = device.current()
-    return matrix if gpu is None or isinstance(matrix, Table) or why_not(matrix) else jax.jit(arranged)(matrix)
+def placed(matrix: Matrix) -> Matrix | Array:
+    """Returns a matrix as this device multiplies by it: to be called once, when it is loaded.
+
+    A GPU's own product is best for floats without zeros, so they become a plain kernel there.
+    """
+    if device.current() is None or isinstance(matrix, Table):
+        return matrix
+    if isinstance(matrix, Full) and matrix.scales is None:
+        return matrix.dense()
+    return matrix if why_not(matrix) else jax.jit(arranged)(matrix)
 
 
 def matmul(x: Float[Array, "*batch k"], matrix: Matrix, backend: str | None = None) -> Float[Array, "*batch r"]:

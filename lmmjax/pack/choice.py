@@ -55,9 +55,12 @@ def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish) -> Matrix:
 
 def pack_head(name: str, leaf: Float[np.ndarray, "a b"], bits: int) -> Matrix:
     """Returns what makes the logits, in codes: the head's kernel, or the embeddings where these are both."""
-    if name == EMBEDDING:
-        return encode_table(leaf, bits, GROUPS[bits])
-    return encode(leaf, WeightFormat("dense", bits, GROUPS[bits]))
+    try:
+        if name == EMBEDDING:
+            return encode_table(leaf, bits, GROUPS[bits])
+        return encode(leaf, WeightFormat("dense", bits, GROUPS[bits]))
+    except ValueError as error:
+        raise InputError(f"--head: {name} cannot be packed ({error})") from error
 
 
 def _patterns(kernel: np.ndarray) -> Iterator[str]:

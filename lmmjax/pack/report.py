@@ -37,8 +37,11 @@ def row(layer: int | None, linear: str, kernel: Float[np.ndarray, "in out"], mat
     return Row(layer, linear, matrix.kind, matrix.bits, group, zeros, kernel.nbytes, matrix.nbytes)
 
 
-def text(rows: Sequence[Row]) -> str:
-    """Returns a line a layer: each linear's format and its bytes as a share of the dense ones."""
+def text(rows: Sequence[Row], sparse: bool = True) -> str:
+    """Returns a line a layer: each linear's format and its bytes as a share of the dense ones.
+
+    `sparse` says that formats without zeros were wished for.
+    """
     head = f"{'layer':>5} {'bytes':>6}" + "".join(f"{name:>17}" for name in LINEARS)
     lines = ["each linear: format, bits of a value, bytes as a share of what they were", "", head]
     linears = [one for one in rows if one.layer is not None]
@@ -47,7 +50,7 @@ def text(rows: Sequence[Row]) -> str:
         cells = "".join(f"{_cell(of[name]):>17}" for name in LINEARS)
         lines.append(f"{layer:>5} {_share(of.values()):>6.3f}{cells}")
     head = [f"head: {_cell(one)}" for one in rows if one.layer is None]
-    return "\n".join([*lines, f"{'all':>5} {_share(linears):>6.3f}", "", *_facts(linears), *head])
+    return "\n".join([*lines, f"{'all':>5} {_share(linears):>6.3f}", "", *_facts(linears, sparse), *head])
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
@@ -69,11 +72,11 @@ def _cell(one: Row) -> str:
     return f"{one.kind} {one.bits} {one.share:.3f}"
 
 
-def _facts(rows: Sequence[Row]) -> list[str]:
+def _facts(rows: Sequence[Row], sparse: bool) -> list[str]:
     before, after = (sum(getattr(one, name) for one in rows) for name in ("dense_bytes", "nbytes"))
     whole = [one for one in rows if one.kind == "dense" and one.sparsity > 0]
     lines = [f"linears: {size(before)} -> {size(after)}"]
-    if whole:
+    if sparse and whole:
         most = max(one.sparsity for one in whole)
         lines.append(f"kept whole, since a mask would cost more than it saves: {len(whole)} (up to {most:.1%} zeros)")
     return lines

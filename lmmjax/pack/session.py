@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     if weights.is_packed(path / "params"):
         raise InputError(f"--model: {path} is packed already; give the checkpoint it was packed from")
     rows = _write(args, path, wish)
-    print(f"{report.text(rows)}\nall weights on disk: {_on_disk(path)} -> {_on_disk(args.out)}\n\nwritten: {args.out}")
+    print(report.text(rows, wish.kind != "dense"))
+    print(f"all weights on disk: {_on_disk(path)} -> {_on_disk(args.out)}\n\nwritten: {args.out}")
     return 0
 
 

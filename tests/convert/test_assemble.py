@@ -18,8 +18,9 @@ from convert.gguf_tokenizer import write_tokenizer
 from convert.names import slots
 from convert.parts import CHAT_TEMPLATE as LLAVA_TEMPLATE
 from lmmjax import llava
-from lmmjax.checkpoint import load, read_json
+from lmmjax.checkpoint import load
 from lmmjax.config import from_hf
+from lmmjax.files import read_json
 from lmmjax.prompt import Processor
 
 TENSORS = tiny_parts.tensors()

@@ -124,6 +124,37 @@ def test_a_matrix_is_its_facts_and_arrays(kind):
     np.testing.assert_array_equal(np.asarray(again.dense()), np.asarray(matrix.dense()))
 
 
+def test_large_weights_are_rounded_and_no_numbers_refused():
+    kernel = np.full((64, 2), 1e38, np.float32)
+    np.testing.assert_allclose(encode(kernel, WeightFormat("dense", 4, 32)).dense(), kernel, rtol=2**-7)
+    for bad in (np.nan, np.inf):
+        kernel[3, 1] = bad
+        with pytest.raises(ValueError, match="got NaN or infinity"):
+            encode(kernel, WeightFormat("dense", 8))
+
+
+def test_numpy_rows_are_multiplied_too():
+    kernel = pruned(72, 21, "bitmap")
+    x = np.ones((2, 72), np.float32)
+    np.testing.assert_allclose(x @ encode(kernel, WeightFormat("bitmap", 32)), x @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "2:x"}, "kind: got '2:x'"),
+        ({"inputs": 128}, "arrays: got"),
+        ({"inputs": "many"}, "arrays: got"),
+        ({"group": 0}, "arrays: got"),
+        ({"speed": 3}, "arrays: got"),
+    ],
+)
+def test_facts_that_do_not_fit_are_refused(change, said):
+    matrix = encode(pruned(72, 21, "2:4"), WeightFormat("2:4", 8, 24))
+    with pytest.raises(ValueError, match=said):
+        assembled({**described(matrix), **change}, arrays(matrix))
+
+
 def test_what_cannot_be_is_said():
     kernel = np.ones((8, 2), np.float32)
     with pytest.raises(ValueError, match=r"2:4: got 4 weights that are not zero among 4 inputs"):

@@ -14,9 +14,10 @@ from said import one_line
 
 from convert import export, hf
 from kernels.weights import Matrix
-from lmmjax import answer, engine, llava, weights
+from lmmjax import answer, engine, evaluate, llava, weights
 from lmmjax import checkpoint as checkpoints
 from lmmjax.attention import causal
+from lmmjax.errors import InputError
 from lmmjax.linears import kernels_of
 from lmmjax.pack import __main__ as command
 from lmmjax.prompt import pad
@@ -146,3 +147,19 @@ def test_packed_models_are_not_compressed_again(checkpoint, tmp_path, capsys):
 
     assert prune.main(["--model", str(small), "--sparsity", "0.5", str(tmp_path / "pruned")]) == 2
     assert "compressed already" in one_line(capsys)
+
+
+def test_damaged_facts_end_in_one_line(pruned, tmp_path):
+    small = packed(pruned["2:4"], tmp_path / "small", "--bits", "8")
+    file = small / "params" / weights.MATRICES
+    for damaged in (file.read_text().replace('"2:4"', '"2:5"'), "[]".ljust(file.stat().st_size)):
+        file.write_text(damaged)
+        with pytest.raises(InputError, match=r"matrices\.json"):
+            checkpoints.load(small)
+
+
+def test_a_packed_model_is_no_baseline(pruned, tmp_path, capfd):
+    small = packed(pruned["dense"], tmp_path / "small", "--bits", "8")
+    words = ["--model", str(pruned["bitmap"]), "--baseline", str(small), "--task", "easy-vqa", "--limit", "1"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "is packed; give the directory of the dense checkpoint" in capfd.readouterr().err

@@ -30,6 +30,13 @@ const T* DataOrNull(ffi::AnyBuffer array) {
   return array.element_count() ? static_cast<const T*>(array.untyped_data()) : nullptr;
 }
 
+// Returns whether rows lie one behind the other within the values, none longer than its inputs: a file may say anything.
+bool InOrder(const Matrix& m) {
+  bool in_order = m.starts[0] >= 0 && m.starts[m.outputs] <= m.total;
+  for (int64_t r = 0; r < m.outputs; ++r) in_order &= m.starts[r] <= m.starts[r + 1] && m.count(r) <= m.padded();
+  return in_order;
+}
+
 // Returns the matrix whose arrays begin at argument `at`. `per_row` is what its rows hold if it has no starts.
 ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, size_t at, int64_t inputs, int64_t outputs, int64_t group,
                           int64_t per_row) {
@@ -52,10 +59,16 @@ ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, size_t at, int64_t inputs, in
   const auto fits = [&](ffi::AnyBuffer array, int64_t expected) {
     return array.element_count() == 0 || static_cast<int64_t>(array.element_count()) == expected;
   };
+  const auto is = [](ffi::AnyBuffer array, ffi::DataType type) {
+    return array.element_count() == 0 || array.element_type() == type;
+  };
+  if (!is(mask, ffi::U8) || !is(starts, ffi::S32) || !is(scales, ffi::BF16))
+    return ffi::Unexpected(Wrong("mask, starts or scales are of the wrong type"));
   if (!fits(mask, outputs * m.blocks() * (kBlock / 8))) return ffi::Unexpected(Wrong("mask has the wrong size"));
   if (!fits(starts, outputs + 1)) return ffi::Unexpected(Wrong("starts has the wrong size"));
   if (!fits(scales, outputs * m.groups)) return ffi::Unexpected(Wrong("scales has the wrong size"));
   if (!m.starts && m.total != outputs * m.stride()) return ffi::Unexpected(Wrong("values has the wrong size"));
+  if (m.starts && !InOrder(m)) return ffi::Unexpected(Wrong("starts do not lead through the values in order"));
   return m;
 }
 
@@ -63,11 +76,14 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
                    int64_t inputs, ffi::Span<const int64_t> groups, ffi::Span<const int64_t> per_row) {
   if (args.size() != kArrays * results.size() || groups.size() != results.size() || per_row.size() != results.size())
     return Wrong("each result needs a matrix");
+  if (x.dimensions().size() != 2) return Wrong("x has no two axes");
   const int64_t rows_of_x = x.dimensions()[0];
+  if (rows_of_x == 0) return ffi::Error::Success();
   std::vector<Matrix> matrices;
   std::vector<float*> to;
   for (size_t i = 0; i < results.size(); ++i) {
     ffi::Result<ffi::AnyBuffer> y = *results.get<ffi::AnyBuffer>(i);
+    if (y->dimensions().size() != 2 || y->dimensions()[0] != rows_of_x) return Wrong("a result has the wrong shape");
     ffi::ErrorOr<Matrix> m = Read(args, kArrays * i, inputs, y->dimensions()[1], groups[i], per_row[i]);
     if (!m) return m.error();
     if (x.dimensions()[1] != m->padded()) return Wrong("x is not filled up with zeros to whole blocks");

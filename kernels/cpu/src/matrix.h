@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+// Into its caller always: a copy compiled for one CPU must not be taken by code for another.
+#define LMMJAX_INLINE __attribute__((always_inline)) inline
+
 namespace lmmjax {
 
 // Inputs that kernels take at once: those of a mask's word.
@@ -31,11 +34,11 @@ struct Matrix {
   const BFloat16* scales;  // null: values are floats
   int64_t group, groups;   // inputs that share a scale, scales of a row
 
-  int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
-  int64_t padded() const { return blocks() * kBlock; }
-  int64_t stride() const { return kind == Values::kInt4 ? per_row + per_row % 2 : per_row; }
-  int64_t start(int64_t row) const { return starts ? starts[row] : row * stride(); }
-  int64_t count(int64_t row) const { return starts ? starts[row + 1] - starts[row] : per_row; }
+  LMMJAX_INLINE int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
+  LMMJAX_INLINE int64_t padded() const { return blocks() * kBlock; }
+  LMMJAX_INLINE int64_t stride() const { return kind == Values::kInt4 ? per_row + per_row % 2 : per_row; }
+  LMMJAX_INLINE int64_t start(int64_t row) const { return starts ? starts[row] : row * stride(); }
+  LMMJAX_INLINE int64_t count(int64_t row) const { return starts ? starts[row + 1] - starts[row] : per_row; }
 };
 
 }  // namespace lmmjax

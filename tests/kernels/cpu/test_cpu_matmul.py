@@ -153,6 +153,17 @@ def test_what_other_rows_hold_does_not_matter(path):
         np.testing.assert_array_equal(found, [[72, np.inf, 72]])
 
 
+@pytest.mark.parametrize("starts", [[0, 2**30, 2**30], [-(2**31), 0, 64], [0, 64, 32], [0, 32, 96]])
+def test_starts_that_leave_the_values_are_refused(starts):
+    if reason := library.missing():
+        pytest.skip(reason)
+    facts = {"scales": jnp.ones((2, 1), jnp.bfloat16), "inputs": 64, "bits": 8, "group": 64}
+    values, mask = jnp.ones(64, jnp.int8), jnp.full((2, 8), 0x0F, jnp.uint8)
+    matrix = Bitmap(values, **facts, mask=mask, starts=jnp.asarray(starts, jnp.int32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="starts do not lead through the values"):
+        jax.block_until_ready(matmul.run(jnp.ones((1, 64)), matrix))
+
+
 def at_end_of_page(array: np.ndarray) -> np.ndarray:
     """Returns a copy that ends where memory that cannot be read begins."""
     pages = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -11,6 +11,7 @@ from PIL import Image
 from lmmjax import checkpoint as checkpoints
 from lmmjax.calibrate import walk
 from lmmjax.config import LINEARS
+from lmmjax.files import read_json
 from lmmjax.linears import kernel_of
 from lmmjax.prune import __main__ as command
 from lmmjax.prune import passes, scores
@@ -141,7 +142,7 @@ def test_what_a_plan_leaves_alone_counts_as_kept(prune, checkpoint, tmp_path, ca
     from lmmjax.config import from_hf
     from lmmjax.plan import LayerPlan, Plan
 
-    text = from_hf(checkpoints.read_json(checkpoint / "config.json")).text
+    text = from_hf(read_json(checkpoint / "config.json")).text
     half = LayerPlan(drop={name: text.linear_shape(name)[0] // 2 for name in LINEARS})
     (tmp_path / "plan.json").write_text(Plan((half, LayerPlan())).to_json())
     (tmp_path / "none.json").write_text(Plan((LayerPlan(), LayerPlan())).to_json())

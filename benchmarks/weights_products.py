@@ -1,5 +1,6 @@
 """One row times a matrix, in every format, beside XLA and torch: milliseconds, bytes a second, by turns."""
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ def _ours(x: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, tuple[Produc
 
     from kernels.weights import WeightFormat, encode
 
-    multiply = jax.jit(lambda x, w: x @ w)
+    compiled = jax.jit(lambda x, w: x @ w)
+    multiply = lambda x, w: compiled(x, w).block_until_ready()  # noqa: E731
     rows = jax.numpy.asarray(x)
     plain = [jax.device_put(kernel.copy()) for _ in range(COPIES)]
     yield "XLA, float32", (_turns(multiply, rows, plain), kernel.nbytes)
@@ -95,10 +97,10 @@ def _ours(x: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, tuple[Produc
         yield f"{kind}, {bits} bits", (_turns(multiply, rows, copies), packed.nbytes)
 
 
-def _turns(multiply: Callable, x: Any, copies: list[Any]) -> Product:
+def _turns(product: Callable, x: Any, copies: list[Any]) -> Product:
     """Returns what multiplies by the next copy at each call."""
-    at = iter(range(10**9))
-    return lambda: multiply(x, copies[next(at) % len(copies)]).block_until_ready()
+    turns = itertools.cycle(copies)
+    return lambda: product(x, next(turns))
 
 
 def _kept(kernel: np.ndarray, kind: str) -> np.ndarray | float:
@@ -118,15 +120,10 @@ def _torch(x: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, tuple[Produ
     for dtype in (torch.float32, torch.bfloat16):
         copies = [weight.to(dtype).clone() for _ in range(COPIES)]
         name = str(dtype).removeprefix("torch.")
-        yield f"torch, {name}", (_turned(linear, row.to(dtype), copies), weight.numel() * dtype.itemsize)
+        yield f"torch, {name}", (_turns(linear, row.to(dtype), copies), weight.numel() * dtype.itemsize)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says it will drop it, and has no other product of int8 on CPUs
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, weight.abs().amax(1) / 127, zeros, 0, torch.qint8)
         packed = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(COPIES)]
-    yield "torch, int8", (_turned(torch.ops.quantized.linear_dynamic, row, packed), weight.numel())
-
-
-def _turned(product: Callable, x: Any, copies: list[Any]) -> Product:
-    at = iter(range(10**9))
-    return lambda: product(x, copies[next(at) % len(copies)])
+    yield "torch, int8", (_turns(torch.ops.quantized.linear_dynamic, row, packed), weight.numel())

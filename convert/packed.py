@@ -30,8 +30,9 @@ def export_packed(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) ->
     reader = weights.Reader(source / "params")
     leaves = reader.leaves
     config = from_hf(files.read_json(source / "config.json"))
-    require_fit(config, slots(config), leaves)
-    places = [slot for slot in slots(config) if slot.leaf in leaves]
+    known = slots(config)
+    require_fit(config, known, leaves)
+    places = [slot for slot in known if slot.leaf in leaves]
     with files.atomic_directory(target) as temporary:
         entries = [entry for slot in places for entry in _entries(slot, leaves)]
         shards.write(temporary, entries, _tensors(places, reader), shard_bytes, "packed")

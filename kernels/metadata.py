@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 Metadata = Literal["float16", "float8"]
 DTYPES = {"float16": jnp.float16, "float8": jnp.float8_e4m3fn}
@@ -13,20 +13,31 @@ _BITS = {jnp.float16: jnp.uint16, jnp.float8_e4m3fn: jnp.uint8}
 
 def nearest(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
     """Returns the nearest number of this kind; beyond its range, the end of the range."""
-    kind = DTYPES[metadata]
-    limit = float(jnp.finfo(kind).max)
-    return jnp.clip(x, -limit, limit).astype(kind)
+    return _nearest(x, DTYPES[metadata]).astype(DTYPES[metadata])
 
 
 def at_most(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
     """Returns the largest number of this kind that is not above x; beyond its range, the end of the range."""
-    near = nearest(x, metadata)
-    return jnp.where(near.astype(jnp.float32) > x, _below(near), near)
+    near = _nearest(x, DTYPES[metadata])
+    kind = near.astype(DTYPES[metadata])
+    return jnp.where(near > x, _below(kind), kind)
 
 
 def at_least(x: Float[Array, "*any"], metadata: Metadata) -> Float[Array, "*any"]:
     """Returns the smallest number of this kind that is not below x; beyond its range, the end of the range."""
     return -at_most(-x, metadata)
+
+
+def _nearest(x: Float[Array, "*any"], kind: DTypeLike) -> Float[Array, "*any"]:
+    """Returns the nearest number of a kind in float32.
+
+    Not by a conversion there and back: on a GPU XLA leaves such a pair out, and then no number was seen to be above x.
+    """
+    facts = jnp.finfo(kind)
+    x = jnp.clip(x.astype(jnp.float32), -float(facts.max), float(facts.max))
+    normal, unit = float(facts.smallest_normal), float(facts.smallest_subnormal)
+    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=facts.nmant)
+    return jnp.where(jnp.abs(x) < normal, jnp.round(x / unit) * unit, rounded)
 
 
 def _below(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

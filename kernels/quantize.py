@@ -101,7 +101,8 @@ def _even(x: Array, low: Array, high: Array, bits: int | Array, kind: Metadata) 
     span = metadata.at_least(high - _float(zero), kind)
     step = _float(span) * jnp.asarray(_INVERSE_LEVELS)[bits]
     levels = ((1 << jnp.asarray(bits, jnp.int32)) - 1).astype(jnp.float32)
-    codes = jnp.round((x - _float(zero)) / jnp.where(step == 0, 1, step))
+    # Not a quotient: compilers may make this product of it, and which of two equally near codes is taken hangs on that.
+    codes = jnp.round((x - _float(zero)) * (1 / jnp.where(step == 0, 1, step)))
     return Encoded(jnp.clip(codes, 0, levels), span, zero)
 
 

@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels import metadata
 from kernels.clip import SHARES
+from kernels.gpu.fields import inline
 from kernels.metadata import Metadata
 
 _UNIT = 256.0  # float16's number of float8's bits, times this, is float8's
@@ -57,7 +57,7 @@ class Rounding:
         zero = self.at_most(low)
         span = 0 - self.at_most(zero - high)  # of a constant group 0: a minus would make that -0
         step = span * float(np.float32(1 / levels))
-        codes = _nearest((x - zero) / jnp.where(step == 0, 1, step), self.interpret)
+        codes = _nearest((x - zero) * _inverse(jnp.where(step == 0, 1, step), self.interpret), self.interpret)
         return jnp.clip(codes, 0, levels), span, zero, step
 
     def at_most(self, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
@@ -85,8 +85,9 @@ class Rounding:
 
 def _nearest(x: Float[Array, "*any"], interpret: bool) -> Float[Array, "*any"]:
     """Returns the nearest integers, in float32, ties to even: no primitive of Triton's."""
-    if interpret:
-        return jnp.round(x)
-    result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    asm = "cvt.rni.f32.f32 $0, $1;"
-    return plgpu.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=result)[0]
+    return jnp.round(x) if interpret else inline("cvt.rni.f32.f32 $0, $1;", [x], jnp.float32, "=f,f", 1)
+
+
+def _inverse(x: Float[Array, "*any"], interpret: bool) -> Float[Array, "*any"]:
+    """Returns 1 / x in float32, rounded as elsewhere: Triton's own division may be two units off."""
+    return 1 / x if interpret else inline("rcp.rn.f32 $0, $1;", [x], jnp.float32, "=f,f", 1)

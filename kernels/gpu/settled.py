@@ -1,8 +1,9 @@
 """What decode kernels read of a layer's cache: settled tokens as words, and a few exact rows beside them.
 
-A part is a run of tokens that both sides hold as codes. What is not settled on both sides (the window, the unfilled
-group, sinks, and with several queries all that they append) is laid out as rows of float16 with a bias a query: 0 where
-it sees the row, `MASKED` where it does not. A token that one query sees rounded and the next one exact has two rows.
+A part is a run of tokens that both sides hold as codes. What is not settled on both sides, the window and the unfilled
+group, are its latest tokens: a lone query's kernel takes them from where they lie. Sinks, and with several queries all
+that is not settled and all that they append, are laid out as rows of float16 with a bias a query: 0 where it sees the
+row, `MASKED` where it does not. A token that one query sees rounded and the next one exact has two rows.
 """
 
 from typing import NamedTuple
@@ -38,12 +39,30 @@ class Codes(NamedTuple):
     offset: int = 0
 
 
+class Latest(NamedTuple):
+    """A part's tokens behind its settled ones, counts[b] of them.
+
+    Keys lie in a ring, token i in row i mod its size; None: they are exact, and lie where all do. Values lie where all
+    do, but for the latest of them, as many as their ring has rows; None: there is no ring.
+    """
+
+    counts: Int[Array, "b"]
+    keys: Float[Array, "b k r d"] | None
+    values: Float[Array, "b k r d"] | None
+
+    @property
+    def most(self) -> int:
+        """The most that there can be."""
+        return max(ring.shape[2] for ring in (self.keys, self.values) if ring is not None)
+
+
 class Part(NamedTuple):
-    """Tokens that every query sees as codes: the first counts[b] of both sides."""
+    """Tokens that every query sees as codes, the first counts[b] of both sides, and those behind them."""
 
     keys: Codes
     values: Codes
     counts: Int[Array, "b"]
+    latest: Latest | None = None
 
     @property
     def capacity(self) -> int:
@@ -102,10 +121,28 @@ def layout(call: Call) -> tuple[list[Part], Tail | None]:
             )
             # A length beyond the capacity is a caller's mistake, but no kernel may read past an array for it.
             base = jnp.minimum(part.counts, part.capacity)
-            parts.append(part._replace(counts=base))
+            latest = None if several else _latest(pair, base)
+            parts.append(part._replace(counts=base, latest=latest))
+            if latest is not None:
+                continue
         rest = _rest(pair, t) if name != "sinks" else min(pair.keys.capacity, pair.values.capacity)
         tails += _views(pair, base, rest, t, call.round_own)
     return parts, _joined(tails) if tails else None
+
+
+def _latest(pair: Pair, base: Int[Array, "b"]) -> Latest | None:
+    """Returns a lone query's latest tokens; None if there are none, or keys may be settled before their values are."""
+    if not _rest(pair, 1) or not _keys_settle_last(pair.keys, pair.values):
+        return None
+    rings = (store.recent if isinstance(store, Packed) and store.recent.shape[2] else None for store in pair[:2])
+    return Latest(jnp.maximum(pair.after - base, 0), *rings)
+
+
+def _keys_settle_last(keys: Store, values: Store) -> bool:
+    """Returns whether no key is rounded whose value is still exact, though it will be rounded, too."""
+    if not isinstance(keys, Packed) or not isinstance(values, Packed):
+        return True
+    return values.window <= keys.window and keys.quantizer.step % values.quantizer.step == 0
 
 
 def _shares(store: Store) -> tuple[int, bool]:

@@ -1,8 +1,9 @@
 """One block of the grid: which tokens are its own, and how it multiplies words with what lies in shared memory.
 
 A field of a word is or-ed into the float16 1024, one instruction for two words, right in the registers that wgmma
-reads. What the numbers are multiplied with lies in shared memory: queries times spans of keys, and p times spans of
-values. Their 1024 and the zeros of groups are no part of products: they are one sum a column.
+reads; of values, whose sums are long, it is taken away again. What the numbers are multiplied with lies in shared
+memory: queries times spans of keys, and p times spans of values. What the numbers have too much or lack, and the zeros
+of groups, are no part of products: they are one sum a column.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int16
 
 from kernels.gpu.mosaic.layouts import joined
 from kernels.gpu.mosaic.memory import Inputs, Shared
-from kernels.gpu.mosaic.plan import BASE_BITS, Plan, Plane
+from kernels.gpu.mosaic.plan import BASE, BASE_BITS, Plan, Plane
 from kernels.gpu.mosaic.registers import add_product, high_bytes
 
 Copy = tuple[Any, Any]
@@ -69,8 +70,13 @@ class Block:
 
         return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
-    def multiply(self, acc: Any, plane: Plane, word: Int16[Array, "n w"], operand: Any, stride: int) -> None:
-        """Adds the products of a plane's fields; field i of word k meets column i * stride + k of the operand."""
+    def multiply(
+        self, acc: Any, plane: Plane, word: Int16[Array, "n w"], operand: Any, stride: int, centred: bool = False
+    ) -> None:
+        """Adds the products of a plane's fields; field i of word k meets column i * stride + k of the operand.
+
+        Numbers that are `centred` lack 1024 and the middle of their codes: what long sums need (see `gpu.fields`).
+        """
         interpret, depth, width = self.plan.interpret, self.plan.depth, min(self.plan.depth, word.shape[1])
         halves = word, high_bytes(word, plane.width, self.base, interpret)
         for k in range(0, word.shape[1], width):
@@ -78,5 +84,8 @@ class Block:
                 fields = range(i, i + depth // width)
                 cut = [halves[j * plane.width // 8][:, k : k + width] for j in fields]
                 numbers = [plane.read(x, j, self.base) for x, j in zip(cut, fields, strict=True)]
+                if centred:
+                    less = (jnp.float16(BASE + plane.centre(j)) for j in fields)
+                    numbers = [x - offset for x, offset in zip(numbers, less, strict=True)]
                 add_product(acc, joined(numbers, 1), operand.at[:, pl.ds(i * stride + k, depth)].T, interpret)
                 plgpu.wgmma_wait(1)

@@ -57,28 +57,36 @@ def partials(
         splits: shares of each row's own tokens, a block of the grid each.
         interpret: whether to run without a GPU, in Mosaic's interpreter, which looks for races.
     """
-    (b, k, m, d), columns = q.shape, () if q.shape[2] == 1 else (COLUMNS,)
     plan = fitted(Plan.of(q, part.keys, part.values, splits, interpret))
-    shapes = ((d, *columns), columns, columns)
-    kernel = plgpu.kernel(
-        lambda given, out, top, total, shared: Program.of(plan, given, shared).run(out, top, total),
-        out_type=[jax.ShapeDtypeStruct((b * k, splits, *shape), jnp.float32) for shape in shapes],
-        grid=(splits, k, b),
-        grid_names=("split", "head", "row"),
-        scratch_types=[Shared.of(plan)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name=f"attend_k{part.keys.bits}_v{part.values.bits}",
-        interpret=_INTERPRETER(detect_races=True) if interpret else None,
-    )
-    results = kernel(Inputs.of(plan, q, part, scale))
-    rows = (
-        x.reshape(b, k, splits, *shape[: -1 if columns else None], -1) for x, shape in zip(results, shapes, strict=True)
-    )
-    out, top, total = (x[..., :m] for x in rows)
-    own = Partials(out.swapaxes(3, 4), top, total)
+    name = f"attend_k{part.keys.bits}_v{part.values.bits}"
+    own = _launch(Inputs.of(plan, q, part, scale), plan, q.shape, name)
     if tail is None:
         return own
     return Partials(*(jnp.concatenate(pair, axis=2) for pair in zip(own, _exact(q, tail, scale), strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _launch(inputs: Inputs, plan: Plan, shape: tuple[int, int, int, int], name: str) -> Partials:
+    """Returns the results of all blocks. A program of its own, so that layers alike are traced and lowered once."""
+    (b, k, m, d), columns = shape, () if plan.alone else (COLUMNS,)
+    shapes = ((d, *columns), columns, columns)
+    kernel = plgpu.kernel(
+        lambda given, out, top, total, shared: Program.of(plan, given, shared).run(out, top, total),
+        out_type=[jax.ShapeDtypeStruct((b * k, plan.splits, *shape), jnp.float32) for shape in shapes],
+        grid=(plan.splits, k, b),
+        grid_names=("split", "head", "row"),
+        scratch_types=[Shared.of(plan)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+        interpret=_INTERPRETER(detect_races=True) if plan.interpret else None,
+    )
+    results = kernel(inputs)
+    rows = (
+        x.reshape(b, k, plan.splits, *shape[: -1 if columns else None], -1)
+        for x, shape in zip(results, shapes, strict=True)
+    )
+    out, top, total = (x[..., :m] for x in rows)
+    return Partials(out.swapaxes(3, 4), top, total)
 
 
 def _unsupported_sides(m: int, d: int, part: Part) -> str | None:

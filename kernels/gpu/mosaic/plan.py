@@ -40,6 +40,10 @@ class Plane(NamedTuple):
         """Returns what 1 at a field's place is worth in steps of the code."""
         return 2.0 ** (self.left - self.place(field))
 
+    def centre(self, field: int) -> float:
+        """Returns the middle of a field's codes, at its place."""
+        return 2.0 ** (self.width - 1 + self.place(field))
+
     def read(self, word: Int16[Array, "n w"], field: int, base: Array) -> Float[Array, "n w"]:
         """Returns 1024 + field * 2^place of words, of which the field's byte is the low one."""
         mask = ((1 << self.width) - 1) << self.place(field)

@@ -13,7 +13,7 @@ from kernels.gpu.fields import LIFT
 from kernels.gpu.mosaic import layouts
 from kernels.gpu.mosaic.block import Block, Copy
 from kernels.gpu.mosaic.layouts import GROUPS, MATRIX, ROWS, across, down, folded, full, joined, load
-from kernels.gpu.mosaic.plan import BASE, COLUMNS, LANES, TILE
+from kernels.gpu.mosaic.plan import COLUMNS, LANES, TILE
 from kernels.gpu.mosaic.registers import own_column, twice
 
 
@@ -57,7 +57,9 @@ class Values:
             weights = [LIFT * plane.weight(i % plane.fields) for i in range(plan.step // TILE)]
             scaled = [layouts.weighted(p * span, weights).astype(jnp.float16) for span in spans]
             operand.at[slot].T[...] = self._columns(scaled)
-            lacking = [a - folded(x.astype(jnp.float32)) * BASE for a, x in zip(lacking, scaled, strict=True)]
+            centres = [plane.centre(i % plane.fields) for i in range(plan.step // TILE)]
+            wanted = (layouts.weighted(x.astype(jnp.float32), centres) for x in scaled)
+            lacking = [a + folded(x) for a, x in zip(lacking, wanted, strict=True)]
         return lacking
 
     def products(self, slot: Int[Array, ""]) -> Float[Array, "d n"]:
@@ -69,7 +71,7 @@ class Values:
                 for k in range(0, value.shape[-1], TILE):
                     word = load(value.at[slot, :, pl.ds(k, TILE)], MATRIX)
                     at = weight.at[slot, :, pl.ds(k * plane.fields, TILE * plane.fields)]
-                    self.block.multiply(acc, plane, word, at, TILE)
+                    self.block.multiply(acc, plane, word, at, TILE, centred=True)
 
         return self.block.summed((plan.dim, plan.value_columns), multiply)
 

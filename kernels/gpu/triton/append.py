@@ -79,6 +79,7 @@ def unsupported(store: Packed, t: int) -> str | None:
     return f"a tile of {size} elements is more than {LARGEST}" if size > LARGEST else None
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # layers alike are traced and lowered once
 def append(
     store: Packed,
     new: Float[Array, "b h t d"],

@@ -1,5 +1,7 @@
 """The call of the Triton kernel: arrays as it takes them, a program for every kv head, share and row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -7,13 +9,15 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernels.gpu.merge import Partials
-from kernels.gpu.settled import MASKED, Codes, Part, Tail
+from kernels.gpu.settled import MASKED, Codes, Latest, Part, Tail
 from kernels.gpu.tiles import DEFAULT, Tiles
 from kernels.gpu.triton.program import Program, Side
 from kernels.gpu.triton.shapes import NARROWEST, Shapes, power
 
 TAIL = 64
 """The most rows beside the codes that are taken at once."""
+LATEST = 32
+"""The most of the latest tokens that are taken at once: their values' codes are decoded one by one, in registers."""
 
 
 def partials(
@@ -26,33 +30,47 @@ def partials(
     tiles: Tiles = DEFAULT,
     interpret: bool = False,
 ) -> Partials:
-    """Returns attention of m query rows a kv head over each share of a part, and over the tail's rows as one more.
+    """Returns attention of m query rows a kv head over each share of a part, and over its latest tokens and the tail.
 
     Args:
         q: queries, unscaled; row r is new token r % t of the tail's bias.
         scale: factor of the scores in log2 units.
         splits: shares of each row's own tokens, a program each.
     """
-    b, k, m, d = q.shape
+    m, d = q.shape[2:]
     shapes = Shapes.of(d, m, part, tiles.tokens, interpret)
-    program = Program(shapes, _side(part.keys), _side(part.values), splits, _tail_rows(tail), scale)
+    latest = part.latest
+    rings = (False, False) if latest is None else (latest.keys is not None, latest.values is not None)
+    sides = (_side(part.keys), _side(part.values))
+    program = Program(shapes, *sides, splits, _latest_tokens(latest), rings, _tail_rows(tail), scale)
     padded = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, shapes.rows - m), (0, 0)))
-    arrays = [padded, *_arrays(part.keys), *_arrays(part.values)]
-    arrays += [] if tail is None else _tail_arrays(tail, program)
-    row = (b, k, splits + (tail is not None), shapes.rows)
-    results = [(*row[:3], shapes.channels, shapes.rows), row, row]
+    arrays = [part.counts.astype(jnp.int32), padded, *_arrays(part.keys), *_arrays(part.values)]
+    if latest is not None:
+        exact = [ring for ring in (latest.keys, latest.values) if ring is not None]
+        arrays += [latest.counts.astype(jnp.int32), *exact]
+    if tail is not None:
+        arrays += _tail_arrays(tail, program)
+    out, top, total = _launch(arrays, program, tiles, f"attend_k{part.keys.bits}_v{part.values.bits}")
+    return Partials(out.swapaxes(3, 4)[..., :m, :d], top[..., :m], total[..., :m])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _launch(arrays: list[Array], program: Program, tiles: Tiles, name: str) -> list[Array]:
+    """Returns the results of all programs. A program of its own, so that layers alike are traced and lowered once."""
+    b, k = arrays[1].shape[:2]
+    row = (b, k, program.programs, program.shapes.rows)
+    results = [(*row[:3], program.shapes.channels, program.shapes.rows), row, row]
     call = pl.pallas_call(
         program,
         grid=(k, row[2], b),
-        in_specs=[pl.BlockSpec((1,), lambda head, share, row: (row,)), *map(_whole, arrays)],
+        in_specs=[_count() if x.ndim == 1 else _whole(x) for x in arrays],
         out_specs=[_own(shape) for shape in results],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results],
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=interpret,
-        name=f"attend_k{part.keys.bits}_v{part.values.bits}",
+        interpret=program.shapes.interpret,
+        name=name,
     )
-    out, top, total = call(part.counts.astype(jnp.int32), *arrays)
-    return Partials(out.swapaxes(3, 4)[..., :m, :d], top[..., :m], total[..., :m])
+    return call(*arrays)
 
 
 def _side(codes: Codes) -> Side:
@@ -66,6 +84,13 @@ def _arrays(codes: Codes) -> list[Array]:
     return [*(jax.lax.bitcast_convert_type(plane, jnp.int16) for plane in codes.planes), codes.span, codes.zero]
 
 
+def _latest_tokens(latest: Latest | None) -> int:
+    """Returns how many of the latest tokens are taken at once; 0: there are none."""
+    if latest is None:
+        return 0
+    return min(max(power(latest.most), NARROWEST), LATEST)
+
+
 def _tail_rows(tail: Tail | None) -> int:
     return 0 if tail is None else min(max(power(tail.k.shape[2]), NARROWEST), TAIL)
 
@@ -77,6 +102,10 @@ def _tail_arrays(tail: Tail, program: Program) -> list[Array]:
     bias = jnp.pad(tail.bias, ((0, 0), (0, 0), (0, more)), constant_values=MASKED)
     each = jnp.arange(program.shapes.rows) % bias.shape[1]
     return [k, v, bias[:, None, each]]
+
+
+def _count() -> pl.BlockSpec:
+    return pl.BlockSpec((1,), lambda head, share, row: (row,))
 
 
 def _whole(x: Array) -> pl.BlockSpec:

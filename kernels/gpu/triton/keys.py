@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import BIAS, Field, a_byte_further, fields, metadata, numbers, unit
+from kernels.gpu.fields import Field, a_byte_further, centred, fields, metadata, unit
 from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, columns, dot, load, pick, power, run_index
 
 
@@ -50,7 +50,7 @@ class PackedKeys:
                 at = _channels(self.shapes, plane, field)
                 span = metadata(load(self.span, group, at))
                 x = self._each(span, q * (field.factor * unit(self.span))).astype(jnp.float16)
-                each = -BIAS * x.astype(jnp.float32)
+                each = field.centre * x.astype(jnp.float32)
                 if field.plane == 0:
                     each += self._each(metadata(load(self.zero, group, at)), q * unit(self.zero))
                 added += jnp.sum(each, axis=1)
@@ -75,7 +75,7 @@ class PackedKeys:
             word = load(plane, rows, run_index(0, plane.shape[1], _wide(plane)))
             shifted = a_byte_further(word, shapes.interpret)
             for field, factor in zip(own, each, strict=True):
-                total += dot(numbers(word, shifted, field, shapes.interpret), factor)
+                total += dot(centred(word, shifted, field, shapes.interpret), factor)
         token = tile * shapes.lanes + jnp.arange(shapes.tokens) % shapes.lanes
         return pick(total, token // self.group if self._blocks(tiles) > 1 else 0, shapes.rows)
 

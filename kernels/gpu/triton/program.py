@@ -1,4 +1,4 @@
-"""One program of split-KV decode attention: online softmax over its share of a row, or over the rows beside it."""
+"""One program of split-KV decode attention: online softmax over its share of a row, the latest, or rows beside it."""
 
 import dataclasses
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from kernels.gpu.fields import exp2
 from kernels.gpu.settled import MASKED
 from kernels.gpu.triton.keys import DenseKeys, PackedKeys
+from kernels.gpu.triton.latest import LatestKeys, LatestValues
 from kernels.gpu.triton.shapes import Shapes, over
 from kernels.gpu.triton.values import DenseValues, PackedValues, Sums
 
@@ -31,21 +32,35 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is known when the kernel is compiled. `tail` is the rows of a tile beside the codes; 0: there are none."""
+    """What is known when the kernel is compiled.
+
+    Args:
+        splits: shares of a row's settled tokens; 0: others see to them. Behind these programs come one for the latest
+            tokens, if `latest`, and one for rows beside the codes, if `tail`.
+        latest, tail: tokens and rows that are taken at once; 0: there are none.
+        rings: whether the latest keys, and values, come in arrays of their own.
+    """
 
     shapes: Shapes
     keys: Side
     values: Side
     splits: int
+    latest: int
+    rings: tuple[bool, bool]
     tail: int
     scale: float
+
+    @property
+    def programs(self) -> int:
+        """Programs of a row and kv head."""
+        return self.splits + (self.latest > 0) + (self.tail > 0)
 
     def __call__(self, count_ref: Any, q_ref: Any, *refs: Any) -> None:
         *inputs, out_ref, top_ref, total_ref = refs
         first, second = self.keys.arrays, self.keys.arrays + self.values.arrays
         number = pl.program_id(1)
 
-        def store(values: DenseValues | PackedValues, state: State) -> None:
+        def store(values: Any, state: State) -> None:
             top, total, out = state[0], jnp.sum(state[1], axis=0), values.out(state[2])
             top_ref[...], total_ref[...] = top.reshape(top_ref.shape), total.reshape(total_ref.shape)
             out_ref[...] = out.reshape(out_ref.shape)
@@ -54,16 +69,29 @@ class Program:
             keys, values = self._keys(q_ref, inputs[:first]), self._values(inputs[first:second])
             store(values, self._share(keys, values, count_ref[0], number))
 
+        def latest() -> None:
+            left_ref, *rings = inputs[second:]
+            first_token = count_ref[0]
+            keys = self._latest_keys(q_ref, inputs[0], rings)
+            values = self._latest_values(inputs[first:second], rings, first_token, first_token + left_ref[0])
+            store(values, self._latest(keys, values, left_ref[0]))
+
         def beside() -> None:
-            k_ref, v_ref, bias_ref = inputs[second:]
-            values = DenseValues(self._beside, v_ref, 0, 1)
-            keys = DenseKeys.of(self._beside, k_ref, q_ref, self.scale)
+            k_ref, v_ref, bias_ref = inputs[-3:]
+            shapes = self._of(self.tail)
+            values = DenseValues(shapes, v_ref, 0, 1)
+            keys = DenseKeys.of(shapes, k_ref, q_ref, self.scale)
             store(values, self._rest(keys, values, bias_ref))
 
-        if not self.tail:
+        if self.programs == self.splits:
             return share()
-        pl.when(number < self.splits)(share)
-        return pl.when(number == self.splits)(beside)
+        if self.splits:
+            pl.when(number < self.splits)(share)
+        if self.latest:
+            pl.when(number == self.splits)(latest)
+        if self.tail:
+            pl.when(number == self.programs - 1)(beside)
+        return None
 
     def _keys(self, q_ref: Any, refs: list[Any]) -> DenseKeys | PackedKeys:
         if self.keys.bits == 16:
@@ -75,9 +103,20 @@ class Program:
             return DenseValues(self.shapes, refs[0], self.values.offset, 2)
         return PackedValues.of(self.shapes, refs, self.values.bits, self.values.group, self.values.run)
 
-    @property
-    def _beside(self) -> Shapes:
-        return dataclasses.replace(self.shapes, tokens=self.tail, lanes=self.tail)
+    def _latest_keys(self, q_ref: Any, stored: Any, rings: list[Any]) -> LatestKeys:
+        ring = self.rings[0]
+        rows = rings[0] if ring else stored
+        return LatestKeys.of(self._of(self.latest), rows, ring, self.keys.offset, q_ref, self.scale)
+
+    def _latest_values(self, refs: list[Any], rings: list[Any], first: Any, end: Any) -> LatestValues:
+        shapes, exact = self._of(self.latest), self.values.bits == 16
+        ring = rings[self.rings[0]] if self.rings[1] else None
+        codes = None if exact else PackedValues.of(shapes, refs, self.values.bits, self.values.group, self.values.run)
+        return LatestValues(shapes, first, end, codes, refs[0] if exact else ring, self.values.offset)
+
+    def _of(self, tokens: int) -> Shapes:
+        """Returns the extents where so many tokens are taken at once."""
+        return dataclasses.replace(self.shapes, tokens=tokens, lanes=tokens)
 
     def _share(self, keys: Any, values: Any, count: Int[Array, ""], number: Int[Array, ""]) -> State:
         """Returns the state after one share of the row's settled tokens."""
@@ -103,6 +142,16 @@ class Program:
 
         return jax.lax.fori_loop(low, jnp.minimum(low + each, steps), step, self._start(values))
 
+    def _latest(self, keys: LatestKeys, values: LatestValues, count: Int[Array, ""]) -> State:
+        """Returns the state after so many of the latest tokens."""
+
+        def step(at: Int[Array, ""], state: State) -> State:
+            token = values.tokens(at)
+            seen, own = token < values.end, keys.scores(token)
+            return _online(values, state, [jnp.where(seen[:, None] if own.ndim > 1 else seen, own, MASKED)], at)
+
+        return jax.lax.fori_loop(0, pl.cdiv(count, self.latest), step, self._start(values))
+
     def _rest(self, keys: DenseKeys, values: DenseValues, bias_ref: Any) -> State:
         """Returns the state after the rows beside the codes."""
 
@@ -113,7 +162,7 @@ class Program:
 
         return jax.lax.fori_loop(0, values.v.shape[0] // self.tail, step, self._start(values))
 
-    def _start(self, values: DenseValues | PackedValues) -> State:
+    def _start(self, values: Any) -> State:
         each = self.shapes.each
         total = jnp.zeros((values.shapes.tokens, *each), jnp.float32)
         return jnp.full(each, MASKED, jnp.float32), total, values.empty()

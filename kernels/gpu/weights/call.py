@@ -1,5 +1,7 @@
 """The call of the Triton kernel: a program for every block of rows and share of the inputs, and the sum of shares."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -16,6 +18,7 @@ MOST = 16
 """The most rows of x: they are the columns of a product, 8 or 16."""
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))  # layers alike are traced and lowered once
 def product(x: Float[Array, "m k"], matrix: Arranged, tiles: Tiles, interpret: bool = False) -> Float[Array, "m r"]:
     """Returns x @ matrix in x's dtype; x is rounded to float16, or to bfloat16 for weights in it."""
     m, held = x.shape[0], matrix.values.shape[0]

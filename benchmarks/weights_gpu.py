@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     size = SMOKE if args.smoke else FULL
     if device.current() is None and not args.smoke:
         raise InputError("device: got none with CUDA, expected one; --smoke interprets tiny shapes on a CPU")
-    peers, name = _peers(), re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+    peers, name = _peers(args.torch), re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
     with device.speaking_of(device.EMULATED) if device.current() is None else contextlib.nullcontext():
         copy = timing.copy_bandwidth(size.copied, size.rounds, size.seconds)
         print(f"{name}: copies {copy / 1e9:.0f} GB/s, read and written", flush=True)
@@ -204,7 +204,9 @@ def _attempt(make: Callable[[], Entrant]) -> Entrant | str:
     return made if made.error.whole <= WRONG else f"wrong result: relative error {made.error.whole:.2g}"
 
 
-def _peers() -> dict[str, Callable[..., Entrant]]:
+def _peers(torch: bool) -> dict[str, Callable[..., Entrant]]:
+    if not torch:
+        return {"jax": plain}
     try:
         others = importlib.import_module(TORCH).PEERS
     except ImportError as error:
@@ -238,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=list(LAYERS), help="default: all")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 4, 16], help="of x; default: 1 8 4 16")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all")
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="without its kernels")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, interpreted without a GPU; writes nothing")
     return parser
 

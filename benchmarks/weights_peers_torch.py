@@ -84,7 +84,14 @@ def _entrant(
     exact = _numbers(x) @ _numbers(dense[:CHECKED]).T
     error = Error.of(_numbers(call(x, *weights[0])[:, :CHECKED]), exact)
     run, note = launcher(call, x, weights)
-    return Entrant(run, lambda _: synchronize(), len(weights), nbytes, error, note)
+
+    def wait(_: Any) -> None:
+        # Holds x and the weights, which a captured graph knows only by their addresses.
+        assert len(held[1]) == len(weights)
+        synchronize()
+
+    held = x, weights
+    return Entrant(run, wait, len(weights), nbytes, error, note)
 
 
 def _int4(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:

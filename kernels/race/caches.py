@@ -89,16 +89,22 @@ def random_layer(seed: Int[Array, ""], shape: Shape, scheme: Scheme | None, bits
     return Layer(keys, _packed(2 * seed + 1, shape, scheme, bits, "values"), lengths)
 
 
-def _packed(seed: Int[Array, ""], shape: Shape, scheme: Scheme, bits: int, side: Side) -> Packed:
-    """Returns a full store with all codes equally likely, in groups that reach as far as normal values do."""
-    quantizer = scheme.quantizer(side, shape.head_dim)
-    like = jax.eval_shape(lambda: Packed.empty(shape.side, bits, side, quantizer, 0, jnp.bfloat16))
+def randomized(like: Dense | Packed, seed: Int[Array, ""] | int) -> Store:
+    """Returns a store of this geometry with all codes equally likely, in groups that reach as far as normal values."""
+    if isinstance(like, Dense):
+        return like.replace(values=normal(seed, like.values.shape))
     return like.replace(
         codes=tuple(noise.bits(8 * seed + i, x.shape).astype(x.dtype) for i, x in enumerate(like.codes)),
         span=uniform(8 * seed + 2, like.span.shape, 4, 6).astype(like.span.dtype),
         zero=uniform(8 * seed + 3, like.zero.shape, -3, -2).astype(like.zero.dtype),
         recent=normal(8 * seed + 4, like.recent.shape),
     )
+
+
+def _packed(seed: Int[Array, ""], shape: Shape, scheme: Scheme, bits: int, side: Side) -> Store:
+    quantizer = scheme.quantizer(side, shape.head_dim)
+    like = jax.eval_shape(lambda: Packed.empty(shape.side, bits, side, quantizer, 0, jnp.bfloat16))
+    return randomized(like, seed)
 
 
 def _read(store: Store) -> int:

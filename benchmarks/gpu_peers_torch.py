@@ -2,23 +2,29 @@
 
 `generate` of transformers in bfloat16 with random weights and a cache of each kind: dynamic (eager), static (which it
 compiles by torch.compile) and quantized (optimum-quanto, 4 bits). A step's time is the median between two tokens.
-A line of JSON a case on stdout, each as soon as it is measured.
+A line of JSON a case on stdout, and the file anew, as soon as it is measured.
 """
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
+import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.gpu_cases import MODELS, NEW, QUESTION
+from lmmjax.files import write_atomic
+from lmmjax.versions import installed
 
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
@@ -43,9 +49,16 @@ class Clock:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    model = build(args.model)
+    model, found = build(args.model), {"about": about(sys.argv[1:] if argv is None else argv), "model": args.model}
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        found[name] = figures
+        print(json.dumps({"case": name, **figures}), flush=True)
+        if args.out:
+            write_atomic(Path(args.out), json.dumps(found, indent=1) + "\n")
+
     if args.prompt:
-        print(json.dumps({"case": "prompt", **prompt(model)}), flush=True)
+        keep("prompt", prompt(model))
     for text in args.cases:
         size, cache, *new = text.split(":")
         batch, context = map(int, size.split("x"))
@@ -53,8 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = decode(model, batch, context, cache, int(new[0]) if new else args.new, args.repeats)
         except Exception as error:  # nobody else need stop for it
             figures = {"failed": " ".join(str(error).split())[:300] or type(error).__name__}
-        print(json.dumps({"case": f"{batch}x{context} {cache}", **figures}), flush=True)
+        keep(f"{size} {cache}", figures)
     return 0
+
+
+def about(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns where and how this runs; not by `lmmjax.machine`, which would have JAX take memory of the device."""
+    names = ("torch", "transformers", "optimum-quanto")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu_peers_torch", *arguments]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: version for name in names if (version := installed(name))},
+    }
 
 
 def build(name: str) -> LlavaForConditionalGeneration:
@@ -164,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=list(MODELS), default="7b", help="default: %(default)s")
     parser.add_argument("--cases", nargs="*", default=[], metavar="BxS:CACHE[:NEW]", help=f"CACHE: {', '.join(CACHES)}")
     parser.add_argument("--prompt", action="store_true", help="time tower and prefill of one image, too")
+    parser.add_argument("--out", help="a file; default: none")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=2, help="answers of each case; default: %(default)s")
     return parser

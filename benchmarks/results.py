@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kv_table, prune_table, weights_table
+from benchmarks import gpu_table, kv_table, prune_table, weights_table
 from benchmarks.machine import RESULTS
 from benchmarks.tables import interval, machine, share, source, sparsities, spread, table, text
 from lmmjax.errors import exit_code
@@ -59,6 +59,7 @@ def page(folder: Path) -> str:
     packed = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("weights-cpu*.json"))]
     parts += [f"## Packed weights\n\n{weights_table.LEGEND}"] if packed else []
     parts += [weights_table.page(name, found) for name, found in packed]
+    parts += [on_gpus] if (on_gpus := gpu_table.page(folder)) else []
     return "\n".join(parts)
 
 

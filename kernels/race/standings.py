@@ -90,9 +90,14 @@ class Standings:
         return self._data["jobs"]
 
     @property
+    def latest_run(self) -> dict[str, Any]:
+        """When, how and on what the latest figures were taken."""
+        return self._data["runs"][-1]
+
+    @property
     def copy(self) -> float:
         """Bytes a second of the latest run's copy, read and written."""
-        return 1e9 * self._data["runs"][-1]["copy_gbps"]
+        return 1e9 * self.latest_run["copy_gbps"]
 
     def begin(self, arguments: Sequence[str], copy: float) -> None:
         """Notes a run: when, how and on what, and its copy's bytes a second."""

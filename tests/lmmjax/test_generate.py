@@ -214,7 +214,7 @@ BAD_FLAGS = {
     "--top-k: got -1": ("--top-k", "-1"),
     "--top-k: got 99999999999": ("--top-k", "99999999999"),
     "--seed: got -1": ("--seed", "-1"),
-    "--backend: got fast, expected one of triton, mosaic, reference": ("--backend", "fast"),
+    "--backend: got fast, expected one of mosaic, triton, reference": ("--backend", "fast"),
     "image missing.png: No such file": ("--image", "missing.png"),
     "no directory nowhere": ("--model", "nowhere"),
     "cannot read missing.json": ("--plan", "missing.json"),

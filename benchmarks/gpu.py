@@ -47,6 +47,12 @@ SECTIONS = {
         " --cases 1x64:dynamic",
         180,
     ),
+    "trial": Section(
+        "benchmarks.gpu_trial --out {results}/trial-7b-{device}.json",
+        "benchmarks.gpu_trial --model smoke --tokens 1300 --batch 1 --trials 1"
+        " --out {results}/trial-smoke-{device}.json",
+        150,
+    ),
     "pruning": Section("benchmarks.prune --shapes 7b --rounds 3", "benchmarks.prune --smoke", 150),
 }
 """The most telling first: the time may not last for all."""

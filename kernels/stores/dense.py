@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from kernels.stores.base import Shape, Visual, nbytes, positions, within, write
+from kernels.stores.base import Shape, Visual, nbytes, positions, take, within, write
 
 
 class Dense(struct.PyTreeNode):
@@ -35,7 +35,13 @@ class Dense(struct.PyTreeNode):
     def append(
         self, new: Float[Array, "b h t d"], starts: Int[Array, "b"], counts: Int[Array, "b"], visual: Visual = None
     ) -> "Dense":
-        return self.replace(values=write(self.values, new, positions(starts, counts, new.shape[2], self.capacity)))
+        t = new.shape[2]
+        if 2 * t < self.capacity:
+            return self.replace(values=write(self.values, new, positions(starts, counts, t, self.capacity)))
+        # Most of the buffer is new: reading all of it costs a GPU less than a scatter.
+        step = jnp.arange(self.capacity) - starts[:, None]
+        own, is_new = take(new, step).astype(self.dtype), (step >= 0) & (step < counts[:, None])
+        return self.replace(values=jnp.where(is_new[:, None, :, None], own, self.values))
 
     def read(self, lengths: Int[Array, "b"], visual: Visual = None) -> Float[Array, "b h s d"]:
         return self.values.astype(jnp.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import gpu, gpu_model, gpu_table
+from benchmarks import gpu, gpu_model, gpu_table, gpu_trial
 from benchmarks.gpu_cases import MODELS, Case
 from benchmarks.gpu_profile import summary
 from lmmjax.config import from_hf
@@ -65,6 +65,16 @@ def test_decode_steps_are_measured_beside_what_they_read(tmp_path: Path):
     assert found["1x64 kv16 bf16"]["bytes"] == read + 2 * 2 * 2 * 64 * 32 * 2
     assert found["2x256 kv4 int8"]["bytes"] < read + 2 * 2 * 2 * 2 * 256 * 32
     assert all(one["ms"] > 0 and one["tokens_per_s"] > 0 for one in found.values())
+
+
+def test_trials_of_unlike_allocations_compile_nothing_more(tmp_path: Path):
+    out = tmp_path / "trial.json"
+    arguments = ["--model", "smoke", "--tokens", "1300", "--batch", "1", "--trials", "2", "--out", str(out)]
+    assert gpu_trial.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert found["tokens"] == 2 * (24 * 24 + 64)
+    assert found["compiled_again"] == 0
+    assert len(found["trial_s"]["runs"]) == 2
 
 
 def test_what_a_case_is_called_and_written():

@@ -39,9 +39,8 @@ def _by_triton(store: Store, new: Array, starts: Array, counts: Array) -> Store:
 
 
 def _not_by_triton(store: Store, t: int) -> str | None:
-    gpu = device.current()
-    if gpu is None or gpu.capability < (8, 0):
-        return "it needs a CUDA device of compute capability 8.0"
+    if reason := device.lacking():
+        return reason
     return triton.unsupported(store, t) if isinstance(store, Packed) else f"it writes no {type(store).__name__} store"
 
 

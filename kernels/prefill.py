@@ -46,12 +46,7 @@ class State(NamedTuple):
 
 def cudnn_unsupported(call: Call) -> str | None:
     """Returns why cuDNN cannot compute a call, or None. JAX itself says which types and shapes cuDNN takes."""
-    gpu = device.current()
-    if gpu is None:
-        return "it needs a CUDA device"
-    if gpu.capability < (8, 0):
-        return f"it needs compute capability 8.0, this device has {'.'.join(map(str, gpu.capability))}"
-    if (reason := xla_unsupported(call)) is not None:
+    if (reason := device.lacking() or xla_unsupported(call)) is not None:
         return reason
     b, h, t, d = call.q.shape
     q = jax.ShapeDtypeStruct((b, t, h, d), _dtype(call, "cudnn"))

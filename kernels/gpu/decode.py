@@ -30,7 +30,7 @@ CHANNELS = 256
 
 def triton_unsupported(call: Call) -> str | None:
     """Returns why the Triton kernel cannot compute a call, or None."""
-    return _unsupported(call, (8, 0))
+    return device.lacking() or _unsupported(call)
 
 
 def with_triton(call: Call) -> Float[Array, "b h t d"]:
@@ -48,10 +48,7 @@ def with_triton(call: Call) -> Float[Array, "b h t d"]:
 
 def mosaic_unsupported(call: Call) -> str | None:
     """Returns why the Mosaic kernel cannot compute a call, or None."""
-    gpu = device.current()
-    reasons: list[str | None] = [_unsupported(call, (9, 0))]
-    if gpu is not None and gpu.capability >= (10, 0):
-        reasons = [f"its instructions are those of compute capability 9, this device has {gpu.capability[0]}"]
+    reasons = [device.lacking((9, 0), only=True) or _unsupported(call)]
 
     def look(*arrays: Any) -> None:
         traced = call._replace(**dict(zip(call._fields, arrays, strict=False)))
@@ -94,14 +91,8 @@ def with_mosaic(call: Call) -> Float[Array, "b h t d"]:
     return _over_parts(call, run)
 
 
-def _unsupported(call: Call, capability: tuple[int, int]) -> str | None:
-    """Returns why a kernel for devices from this capability on cannot compute a call, or None."""
-    gpu = device.current()
-    if gpu is None:
-        return "it needs a CUDA device"
-    if gpu.capability < capability:
-        needed, has = (".".join(map(str, pair)) for pair in (capability, gpu.capability))
-        return f"it needs compute capability {needed}, this device has {has}"
+def _unsupported(call: Call) -> str | None:
+    """Returns why neither kernel can compute a call, whatever the device, or None."""
     t, d = call.q.shape[2:]
     if t > QUERIES:
         return f"it takes up to {QUERIES} queries a row, got {t}"

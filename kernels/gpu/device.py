@@ -38,6 +38,20 @@ def current() -> Device | None:
     )
 
 
+def lacking(capability: tuple[int, int] = (8, 0), only: bool = False) -> str | None:
+    """Returns why there is no GPU of this compute capability or a later one, or None; `only`: or of no later major one.
+
+    What a kernel takes from its own generation, such as Hopper's wgmma, later ones need not have.
+    """
+    gpu = current()
+    if gpu is None:
+        return "it needs a CUDA device"
+    if capability <= gpu.capability and not (only and gpu.capability[0] > capability[0]):
+        return None
+    needed, has = (".".join(map(str, pair)) for pair in (capability, gpu.capability))
+    return f"it needs compute capability {needed}{' alone' if only else ''}, this device has {has}"
+
+
 @contextlib.contextmanager
 def speaking_of(device: Device) -> Iterator[None]:
     """Lets all that is traced inside be made for this device: compiled where there is none, or interpreted.

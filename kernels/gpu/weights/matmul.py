@@ -47,9 +47,6 @@ def not_unpacked(x: Float[Array, "m k"], matrix: Matrix) -> str | None:
 
 
 def _unreadable(matrix: Matrix) -> str | None:
-    gpu = device.current()
-    if gpu is None or gpu.capability < (8, 0):
-        return "it needs a CUDA device of compute capability 8.0"
-    if reason := why_not(matrix):
+    if reason := device.lacking() or why_not(matrix):
         return reason
     return None if isinstance(matrix, Arranged) else "it reads matrices that were `arranged` at load"

@@ -147,9 +147,8 @@ def run(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
 
 def unsupported(x: Float[Array, "m k"], matrix: Matrix) -> str | None:
     """Returns why the kernel cannot compute a product, or None."""
-    gpu = device.current()
-    if gpu is None or gpu.capability < (9, 0):
-        return "it needs a CUDA device of compute capability 9.0"
+    if reason := device.lacking((9, 0), only=True):
+        return reason
     if _INTERPRETER is None:
         return f"it needs jax 0.11, this is {jax.__version__}"
     if reason := matmul.unsupported(x, matrix):

@@ -12,6 +12,7 @@ from kernels import attend as op
 from kernels.cases import CASES, Case, relative_error
 from kernels.gpu import device
 from kernels.gpu.device import EMULATED, Device
+from kernels.gpu.mosaic import call as mosaic
 from kernels.gpu.settled import layout
 from kernels.reference import Call, Rows
 
@@ -126,6 +127,60 @@ def test_an_old_device_is_refused():
     turing = device.speaking_of(Device((7, 5), 68, "Tesla T4"))
     with turing, pytest.raises(ValueError, match=r"compute capability 8\.0, this device has 7\.5"):
         run(case, make(case), "triton")
+
+
+def test_what_is_hoppers_own_is_refused_elsewhere():
+    case = Case((4, 4), (2, 2, 64), (40,), 128, group=32, value_group=32)
+    blackwell = device.speaking_of(Device((10, 0), 148, "NVIDIA B200"))
+    with blackwell, pytest.raises(ValueError, match=r"compute capability 9\.0 alone, this device has 10\.0"):
+        run(case, make(case), "mosaic")
+
+
+@pytest.mark.parametrize(
+    ("case", "chosen"),
+    [
+        (Case((4, 4), (32, 32, 128), (9,) * 8, 1024, group=32, value_group=32), "mosaic"),
+        (Case((4, 4), (32, 32, 128), (9,) * 8, 1024), "triton"),
+        (Case((4, 4), (32, 32, 128), (9,), 1024, group=32, value_group=32), "triton"),
+        (Case((4, 4), (64, 32, 128), (9,) * 8, 1024, group=32, value_group=32), "triton"),
+        (Case((16, 4), (32, 32, 128), (9,) * 8, 1024, value_group=32), "triton"),
+    ],
+    ids=["short groups, much cached", "long groups", "little cached", "grouped queries", "exact keys"],
+)
+def test_mosaic_is_taken_unasked_only_where_it_was_faster(case: Case, chosen: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mosaic, "unsupported", lambda *_: None)  # before jax 0.11 it is
+    q = jax.ShapeDtypeStruct((len(case.lengths), case.heads[0], 1, case.heads[2]), jnp.bfloat16)
+    keys, values = jax.eval_shape(case.stores)
+    lengths = jnp.asarray(case.lengths)
+    call = Call(q, keys, values, Rows(lengths, lengths - 1, None), None, None, True, 1.0)
+    with device.speaking_of(Device((9, 0), 132, "NVIDIA H100")):
+        assert op.choose(None, call) == chosen
+
+
+@pytest.mark.parametrize(
+    ("case", "counts", "rings"),
+    [
+        (Case((4, 4), (1, 1, 16), (20, 32), 64, group=16, value_group=16), (4, 0), (16, None)),
+        (Case((4, 4), (1, 1, 16), (50, 7), 64, group=16, value_group=16, window=16), (18, 7), (32, 16)),
+        (Case((16, 4), (1, 1, 16), (50, 7), 64, value_group=16, window=16), (16, 7), (None, 16)),
+        (Case((4, 16), (1, 1, 16), (20, 32), 64, group=16), (4, 0), (16, None)),
+        (Case((16, 4), (1, 1, 16), (20, 32), 64, value_group=16), None, None),
+    ],
+    ids=["no window", "a window", "exact keys", "exact values", "all settles at once"],
+)
+def test_the_latest_tokens_are_those_that_a_side_has_not_settled(case: Case, counts, rings):
+    lengths = jnp.asarray(case.lengths)
+    call = Call(make(case).q, *case.stores(), Rows(lengths, lengths - 1, None), None, None, True, 1.0)
+    parts, tail = layout(call)
+    assert tail is None
+    latest = parts[0].latest
+    if counts is None:
+        assert latest is None
+        return
+    assert latest is not None
+    assert tuple(latest.counts.tolist()) == counts
+    sizes = [None if ring is None else ring.shape[2] for ring in (latest.keys, latest.values)]
+    assert tuple(sizes) == rings
 
 
 def test_the_first_able_backend_runs():

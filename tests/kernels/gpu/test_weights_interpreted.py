@@ -116,9 +116,7 @@ def test_what_no_kernel_reads_is_refused_with_its_reason(matrix: Matrix, reason:
 def test_without_a_gpu_it_says_so():
     if device.current() is not None:
         pytest.skip("this machine has a GPU")
-    assert matmul.unsupported(jnp.ones((1, 64)), arranged(encoded("dense", 8))) == (
-        "it needs a CUDA device of compute capability 8.0"
-    )
+    assert matmul.unsupported(jnp.ones((1, 64)), arranged(encoded("dense", 8))) == "it needs a CUDA device"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -74,7 +74,7 @@ def centred(word: Int[Array, "n m"], shifted: Int[Array, "n m"], field: Field, i
     """Returns the numbers of `numbers` less 1024 and the field's centre: exact, and half of them below 0.
 
     For long sums: matrix units cut off what is far below the largest addend, and 1024 times the sum of thousands of
-    weights swallowed a hundredth of what was left without it (measured on an H100).
+    weights swallowed three hundredths of what was left without it (4 bits, measured on an H100).
     """
     if interpret:
         return numbers(word, shifted, field, interpret) - jnp.float16(BIAS + field.centre)

@@ -33,6 +33,8 @@ import pytest
 
 TARGETS = Path(__file__).parent / "kernels" / "gpu" / "targets"
 """Descriptions of devices, `NAME.textproto`: XLA's GpuTargetConfigProto."""
+OLDER_TARGETS = ["orin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a100", "l4"))]
+"""The small device that this is for, and two others that .ci/gpu-compile leaves to those who ask."""
 BULK = "bulk"
 """Stands for the width of a load that copies a whole tile to shared memory (TMA)."""
 Loop = list[str]

@@ -1,6 +1,8 @@
 """Our cache beside Hugging Face's, run by transformers and optimum-quanto on the same random tiny LLaVA."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,22 @@ needs_quanto = pytest.mark.skipif(
 )
 DENSE = (None, None)
 HEAD_DIM, SAMPLES = 8, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def readably() -> Iterator[None]:
+    """Unpacks quanto's codes in torch: the C++ for it would first be compiled, for a minute and a half."""
+    if not is_optimum_quanto_available():
+        yield
+        return
+    from optimum.quanto.library.extensions import cpp
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> at & (1 << bits) - 1 for at in range(0, 8, bits)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from kernels.gpu.triton.shapes import COLUMNS, Shapes, array, columns, dot, load
 
 Sums = tuple[Array, ...]
 MOST = 8
-"""The most tiles of a step, for a single query row. With more a kernel spills, and takes minutes to compile."""
+"""The most tiles of a step, for a single query row and one plane. With more a kernel spills, and compiles for minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ class PackedValues:
     @property
     def tiles(self) -> int:
         """The tiles of a step."""
-        return min(max(len(own) for own in self.fields), MOST if self.shapes.rows == 1 else MOST // 2)
+        simple = self.shapes.rows == 1 and len(self.fields) == 1
+        return min(max(len(own) for own in self.fields), MOST if simple else MOST // 2)
 
     @property
     def stride(self) -> int:

@@ -69,7 +69,7 @@ def test_weights_compile_for_hopper(key: tuple[str, int, int | None, int]):
 
 
 @sass.compiles
-@pytest.mark.parametrize("target", ["a100", "orin", "l4"])
+@pytest.mark.parametrize("target", sass.OLDER_TARGETS)
 @pytest.mark.parametrize("key", OLDER, ids=str)
 def test_weights_compile_for_older_devices(target: str, key: tuple[str, int, int | None, int]):
     checked(sass.compile_variants(older, target)[str(key)])

@@ -25,7 +25,6 @@ from lmmjax.plan import Plan, uniform
 from lmmjax.prompt import bucket
 from lmmjax.sample import GREEDY, Sampling, sample
 
-
 _OF_PROMPTS = {"xla_gpu_dot_merger_threshold_mb": 0}
 """Else a GPU lays the weights of k and v side by side at every prompt, to multiply by both at once: on an H100 a
 thirteenth of a 7B decoder's time."""

@@ -13,7 +13,7 @@ from kernels.gpu.triton.shapes import COLUMNS, Shapes, array, columns, dot, load
 
 Sums = tuple[Array, ...]
 MOST = 8
-"""The most tiles of a step, for a single query row and one plane. With more a kernel spills, and compiles for minutes."""
+"""The most tiles of a step, for one query row and one plane. With more a kernel spills, and compiles for minutes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.generate import Clock
+
 PROMPT = list(range(100, 132))
 """Ids of a text prompt: what they say is of no matter, and every decoder has them."""
 
@@ -77,7 +79,7 @@ def transformers(dtype: str) -> Callable[[Path, int, int], Side]:
         settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tokens": count}
 
         def run() -> tuple[float, list[int]]:
-            clock = _Clock()
+            clock = _Writing()
             with torch.inference_mode():
                 mask = torch.ones_like(prompt)
                 peer.generate(input_ids=prompt, attention_mask=mask, min_new_tokens=count, streamer=clock, **settings)
@@ -89,19 +91,16 @@ def transformers(dtype: str) -> Callable[[Path, int, int], Side]:
     return side
 
 
-class _Clock:
-    """A streamer for transformers' `generate` that looks at the time."""
+class _Writing(Clock):
+    """Notes what is written, too."""
 
     def __init__(self):
-        self.times: list[float] = []
+        super().__init__()
         self.ids: list[int] = []
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        super().put(value)
         self.ids += value.flatten().tolist() if len(self.times) > 1 else []
-
-    def end(self) -> None:
-        """Nothing is left to show."""
 
 
 def llama_cpp(model: Path, count: int, threads: int) -> Side:

@@ -187,7 +187,7 @@ def _theirs(case: Case) -> Timing:
     """Times `generate`, as people call it; a streamer notes when the first token came."""
     import torch
 
-    clock = _Clock()
+    clock = Clock()
     prompt = torch.from_numpy(case.tokens).long()
     with torch.inference_mode():
         began = time.perf_counter()
@@ -205,7 +205,7 @@ def _theirs(case: Case) -> Timing:
     return _timing(began, clock.times[1], ended, ids[0, case.tokens.size :].tolist())
 
 
-class _Clock:
+class Clock:
     """A streamer for transformers' `generate` that only looks at the time: first the prompt, then each token."""
 
     def __init__(self):

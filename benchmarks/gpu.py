@@ -5,7 +5,6 @@ out of time leaves the others theirs. Each has its figures on disk as soon as th
 """
 
 import argparse
-import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.machine import RESULTS
+from benchmarks import machine
 from lmmjax.errors import InputError, exit_code
 
 
@@ -94,14 +93,14 @@ def _device() -> str:
         names = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         raise InputError("device: nvidia-smi names none, expected one; --smoke runs tiny sizes on a CPU") from None
-    return re.sub(r"\W+", "-", names.splitlines()[0].strip().lower())
+    return machine.slug(names.splitlines()[0].strip())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--minutes", type=float, default=9, help="for all sections together; default: 9")
-    parser.add_argument("--results", default=str(RESULTS), help="a folder; default: %(default)s")
+    parser.add_argument("--results", default=str(machine.RESULTS), help="a folder; default: %(default)s")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; for CPUs")
     return parser
 

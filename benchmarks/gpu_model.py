@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from benchmarks.gpu_profile import profiled
 from benchmarks.weights_gpu import random_matrix
 from kernels.gpu.weights import cases as weights
 from kernels.race import noise, timing
-from kernels.race.caches import randomized
+from kernels.race.caches import bytes_read, randomized
 from lmmjax import engine, llava
 from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.engine import State
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args.model, args.layers)
     small, began = args.model == "smoke", time.monotonic()
     copy = timing.copy_bandwidth(2**20 if small else COPIED, 3 if small else 15, 0.0 if small else 0.005)
-    name = re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+    name = machine.slug(jax.devices()[0].device_kind)
     out = Path(args.out or f"runs/bench/model-{args.model}-{name}.json")
     found: dict[str, Any] = {"about": machine.facts(), "model": args.model, "copy_gbps": copy / 1e9, "cases": {}}
 
@@ -144,7 +143,7 @@ def decode(
     program, seconds = building.result()
     state, taken = random_state(config, params, case, args.new), []
     steps = _steps(args.new - 1)
-    nbytes = decoder_bytes(params) + sum(_read(store) for layer in state.cache.layers for store in layer)
+    nbytes = decoder_bytes(params) + sum(bytes_read(store) for layer in state.cache.layers for store in layer)
     for _ in range(args.rounds + 1):
         state = jax.block_until_ready(rewound(state, case.context - args.new))
         began = time.perf_counter()
@@ -270,14 +269,6 @@ def _state(config: LlavaConfig, cache: Any, case: Case, new: int) -> State:
 def _room(config: LlavaConfig, case: Case) -> tuple[Plan | None, int, int]:
     plan = uniform(config.text, bits=case.bits) if case.bits < 16 else None
     return plan, case.batch, case.context
-
-
-def _read(store: Any) -> int:
-    return sum(size for name, size in _sizes(store).items() if name != "exact" or store.exact)
-
-
-def _sizes(store: Any) -> dict[str, int]:
-    return store.sizes
 
 
 def _memory() -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.generate import Clock
 from benchmarks.gpu_cases import MODELS, NEW, QUESTION
 from lmmjax.files import write_atomic
 from lmmjax.versions import installed
@@ -32,19 +33,6 @@ CACHES: dict[str, dict[str, Any]] = {
     "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},
 }
 """What `generate` is told of its cache."""
-
-
-class Clock:
-    """A streamer that only looks at the time: first the prompt, then each token."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to show."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

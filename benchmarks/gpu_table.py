@@ -95,6 +95,11 @@ def _product(one: Mapping[str, Any]) -> str:
 
 
 def _small_print(about: Mapping[str, Any], path: Path) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    parts = [about["device"], versions, about["date"][:10], f"`{about['command']}`", tables.source(path.name)]
+    parts = [
+        about["device"],
+        tables.versions(about),
+        about["date"][:10],
+        f"`{about['command']}`",
+        tables.source(path.name),
+    ]
     return f"{'; '.join(parts)}.\n"

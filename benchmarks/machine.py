@@ -1,6 +1,7 @@
 """How a benchmark keeps its figures: beside the date, the machine, the versions and the command."""
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def save(name: str, figures: Any) -> Path:
     path = RESULTS / f"{name}.json"
     write_atomic(path, json.dumps({"about": facts(), **figures}, indent=1) + "\n")
     return path
+
+
+def slug(device: str) -> str:
+    """Returns a device's name as part of a file's."""
+    return re.sub(r"\W+", "-", device.lower())
 
 
 def spread(runs: Sequence[float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ lmmjax takes (in, out), torch (out, in). What lmmjax shares among linears with t
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append({"linear": name, **measure(linear, method, pattern, 1 if args.smoke else args.rounds)})
             print(_line(rows[-1]), flush=True)
     if not args.smoke:
-        device = re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+        device = machine.slug(jax.devices()[0].device_kind)
         print(machine.save(f"prune-{args.shapes}-{device}", {"load_average": load, "rows": rows}))
     return 0
 

@@ -55,8 +55,11 @@ def text(found: Mapping[str, Any] | None) -> str:
 
 def machine(about: Mapping[str, Any]) -> str:
     """Returns where and when figures were measured."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['cpu']}, {about['cores_used']} cores, {about['device']}; {versions}; {about['date'][:10]}"
+    return f"{about['cpu']}, {about['cores_used']} cores, {about['device']}; {versions(about)}; {about['date'][:10]}"
+
+
+def versions(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items())
 
 
 def source(name: str) -> str:

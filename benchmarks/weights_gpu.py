@@ -10,7 +10,6 @@ import functools
 import importlib
 import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     size = SMOKE if args.smoke else FULL
     if device.current() is None and not args.smoke:
         raise InputError("device: got none with CUDA, expected one; --smoke interprets tiny shapes on a CPU")
-    peers, name = _peers(args.torch), re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+    peers, name = _peers(args.torch), machine.slug(jax.devices()[0].device_kind)
     with device.speaking_of(device.EMULATED) if device.current() is None else contextlib.nullcontext():
         copy = timing.copy_bandwidth(size.copied, size.rounds, size.seconds)
         print(f"{name}: copies {copy / 1e9:.0f} GB/s, read and written", flush=True)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from kernels.gpu import device
 from kernels.gpu.decode import QUERIES
+from kernels.gpu.settled import narrowed
 from kernels.reference import Call
 from kernels.rope import Rotation, rotate
 from kernels.stores import Dense, Packed, Rounded, Split, Store, exact_view
@@ -89,7 +90,7 @@ def _over(call: Call, size: int | None, implementation: Implementation) -> Float
     ordered = _values_settle_first(call.keys, call.values)
     segments = [(k, v) for k in keys for v in values if v.rounded or not k.rounded or not ordered]
     k, v = (jnp.concatenate([segment[side].tokens for segment in segments], axis=2) for side in (0, 1))
-    q, k, v = (_narrowed(x, _dtype(call, implementation)).transpose(0, 2, 1, 3) for x in (call.q, k, v))
+    q, k, v = (narrowed(x, _dtype(call, implementation)).transpose(0, 2, 1, 3) for x in (call.q, k, v))
     plain = size is not None and len(segments) == 1
     mask = None if plain else _mask(call, segments)
     out = jax.nn.dot_product_attention(
@@ -157,8 +158,3 @@ def _values_settle_first(keys: Store, values: Store) -> bool:
 def _dtype(call: Call, implementation: Implementation) -> DTypeLike:
     """Returns the type of the products' factors: for cuDNN float16, which keeps three bits more than bfloat16."""
     return jnp.float16 if implementation == "cudnn" and call.q.dtype.itemsize == 2 else jnp.float32
-
-
-def _narrowed(x: Float[Array, "b h s d"], dtype: DTypeLike) -> Float[Array, "b h s d"]:
-    limit = float(jnp.finfo(dtype).max)
-    return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(dtype)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from kernels import words
 from kernels.reference import Append, Call, Rows
@@ -249,17 +249,17 @@ def _states(
     """Returns one side's tokens as queries see them, and which query sees which so."""
     store, always = pair[side], jnp.ones((at.shape[0], 1, at.shape[1]), bool)
     if isinstance(store, Dense):
-        return [(_half(take(store.values, at + pair.offsets[side])), always)]
+        return [(narrowed(take(store.values, at + pair.offsets[side])), always)]
     assert isinstance(store, Packed)
-    rounded = _half(store.decoded_at(at))
+    rounded = narrowed(store.decoded_at(at))
     if not store.recent.shape[2] and t == 1:
         return [(rounded, always)]
     if t == 1:
         settled = at < store.settled(pair.after)[:, None]
-        return [(jnp.where(settled[:, None, :, None], rounded, _half(store.recent_at(at))), always)]
+        return [(jnp.where(settled[:, None, :, None], rounded, narrowed(store.recent_at(at))), always)]
     ages = pair.ages if round_own else jnp.broadcast_to(pair.before[:, None], pair.ages.shape)
     settled = at[:, None] < store.settled(ages)[:, :, None]
-    return [(rounded, settled), (_half(_exact(pair, side, at)), ~settled)]
+    return [(rounded, settled), (narrowed(_exact(pair, side, at)), ~settled)]
 
 
 def _exact(pair: Pair, side: int, at: Int[Array, "b n"]) -> Float[Array, "b k n d"]:
@@ -273,9 +273,10 @@ def _exact(pair: Pair, side: int, at: Int[Array, "b n"]) -> Float[Array, "b k n 
     return jnp.where((at >= pair.before[:, None])[:, None, :, None], fresh, old.recent_at(at))
 
 
-def _half(x: Float[Array, "b k n d"]) -> Float[Array, "b k n d"]:
-    limit = float(jnp.finfo(jnp.float16).max)
-    return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(jnp.float16)
+def narrowed(x: Float[Array, "*any"], dtype: DTypeLike = jnp.float16) -> Float[Array, "*any"]:
+    """Returns numbers in a type; those beyond its largest are that one."""
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(dtype)
 
 
 def _joined(tails: list[Tail]) -> Tail:

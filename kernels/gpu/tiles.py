@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
 DEFAULT = Tiles()
 
 TRITON: dict[str, Tiles] = {
-    "": DEFAULT,  # as compiled for sm_80, sm_87, sm_89 and sm_90a without spills; on an H100 the fastest of a dozen
+    "": DEFAULT,  # as compiled for sm_80, sm_87, sm_89 and sm_90a without spills; on an H100 the fastest of twelve
 }
 """By the beginning of the device's kind."""
 

@@ -71,7 +71,7 @@ class Layer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that attention must read. The ring of the latest keys is none of them: here all of them are settled."""
-        return sum(_read(store) for store in (self.keys, self.values))
+        return sum(bytes_read(store) for store in (self.keys, self.values))
 
 
 def abstract(shape: Shape, scheme: Scheme | None, bits: int) -> Layer:
@@ -107,6 +107,7 @@ def _packed(seed: Int[Array, ""], shape: Shape, scheme: Scheme, bits: int, side:
     return randomized(like, seed)
 
 
-def _read(store: Store) -> int:
+def bytes_read(store: Store) -> int:
+    """Returns the bytes of a store that attention reads where all is settled."""
     sizes = store.sizes
     return sizes["exact"] if store.exact else sizes["codes"] + sizes["scales"]

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.gpu.fields import metadata, unit
+from kernels.gpu.settled import narrowed
 from kernels.gpu.triton.shapes import Shapes, array, columns, dot, load, pick, run_index
 from kernels.gpu.triton.values import PackedValues
 
@@ -33,7 +34,7 @@ class LatestKeys:
         return cls(shapes, rows, ring, offset, columns(q[0] if shapes.rows == 1 else q.T, shapes.wide(1)), scale)
 
     def scores(self, token: Int[Array, "n"]) -> Float[Array, "n *rows"]:
-        k = half(load(self.rows, _rows(self.rows, token, self.ring, self.offset), _channels(self.shapes)))
+        k = narrowed(load(self.rows, _rows(self.rows, token, self.ring, self.offset), _channels(self.shapes)))
         return pick(dot(k, self.queries), 0, self.shapes.rows) * self.scale
 
 
@@ -68,14 +69,14 @@ class LatestValues:
     def _values(self, token: Int[Array, "n"]) -> Float[Array, "channels n"]:
         if self.codes is None:
             return self._exact(token, ring=False)
-        decoded = half(self._decoded(jnp.minimum(token, self.shapes.capacity - 1)))
+        decoded = narrowed(self._decoded(jnp.minimum(token, self.shapes.capacity - 1)))
         if self.rows is None:
             return decoded
         kept = token >= self.end - self.rows.shape[0]
         return jnp.where(kept[None], self._exact(token, ring=True), decoded)
 
     def _exact(self, token: Int[Array, "n"], ring: bool) -> Float[Array, "channels n"]:
-        return half(load(self.rows, _rows(self.rows, token, ring, self.offset), _channels(self.shapes))).T
+        return narrowed(load(self.rows, _rows(self.rows, token, ring, self.offset), _channels(self.shapes))).T
 
     def _decoded(self, token: Int[Array, "n"]) -> Float[Array, "channels n"]:
         """Returns tokens' values by plain arithmetic: they lie in words beside others that are not wanted."""
@@ -91,12 +92,6 @@ class LatestValues:
         group = jnp.minimum(channel // values.group, values.span.shape[0] - 1)
         span, zero = (metadata(load(ref, group, token)) * unit(ref) for ref in (values.span, values.zero))
         return code.astype(jnp.float32) * (span * (1 / (levels - 1))) + zero
-
-
-def half(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """Returns numbers as float16; those beyond its largest are that one."""
-    limit = float(jnp.finfo(jnp.float16).max)
-    return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(jnp.float16)
 
 
 def _channels(shapes: Shapes) -> Any:

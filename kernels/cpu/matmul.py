@@ -1,7 +1,5 @@
 """Products with Full, NM and Bitmap matrices on CPUs: arrays and static facts to the compiled kernels and back."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,40 +34,26 @@ def unsupported(x: Float[Array, "m k"], matrix: Matrix) -> str | None:
 
 def run(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
     """Returns x @ matrix in x's dtype; sums are in float32."""
-    return run_many(x, [matrix])[0]
-
-
-def run_many(x: Float[Array, "m k"], matrices: Sequence[Matrix]) -> list[Float[Array, "m r"]]:
-    """Returns x @ matrix for each of several matrices with the same inputs, in a single call."""
-    if x.shape[0] > ONE_PASS:
-        return [_dense(x, matrix) for matrix in matrices]
-    inputs = x.shape[1]
-    filled = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -inputs % BLOCK)))
-    shapes = [jax.ShapeDtypeStruct((x.shape[0], matrix.outputs), jnp.float32) for matrix in matrices]
+    m, inputs = x.shape
+    if m > ONE_PASS:
+        return jnp.dot(x.astype(jnp.float32), unpack(matrix).T).astype(x.dtype)
     library.load()
-    call = jax.ffi.ffi_call("lmmjax_product", shapes)
-    facts = {"groups": _static(map(_group, matrices)), "per_row": _static(map(_per_row, matrices))}
-    found = call(filled, *(array for matrix in matrices for array in _arrays(matrix)), inputs=np.int64(inputs), **facts)
-    return [product.astype(x.dtype) for product in found]
+    call = jax.ffi.ffi_call("lmmjax_product", jax.ShapeDtypeStruct((m, matrix.outputs), jnp.float32))
+    filled = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -inputs % BLOCK)))
+    return call(filled, *_arrays(matrix), inputs=np.int64(inputs), **_facts(matrix)).astype(x.dtype)
 
 
 def unpack(matrix: Matrix) -> Float[Array, "r k"]:
     """Returns all weights by output row in float32, zeros in place."""
     library.load()
     call = jax.ffi.ffi_call("lmmjax_unpack", jax.ShapeDtypeStruct((matrix.outputs, matrix.inputs), jnp.float32))
-    return call(*_arrays(matrix), group=np.int64(_group(matrix)), per_row=np.int64(_per_row(matrix)))
+    return call(*_arrays(matrix), **_facts(matrix))
 
 
-def _dense(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
-    return jnp.dot(x.astype(jnp.float32), unpack(matrix).T).astype(x.dtype)
-
-
-def _static(numbers) -> np.ndarray:
-    return np.fromiter(numbers, np.int64)
-
-
-def _group(matrix: Matrix) -> int:
-    return max(1, min(matrix.group or matrix.inputs, matrix.inputs))
+def _facts(matrix: Matrix) -> dict[str, np.int64]:
+    """Returns what the arrays do not say."""
+    group = max(1, min(matrix.group or matrix.inputs, matrix.inputs))
+    return {"group": np.int64(group), "per_row": np.int64(_per_row(matrix))}
 
 
 def _per_row(matrix: Matrix) -> int:

@@ -1,6 +1,6 @@
 // What XLA calls: `lmmjax_product` and `lmmjax_unpack`. A matrix comes as four arrays: mask, values, starts, scales;
 // one that the format does not have comes with no elements.
-#include <vector>
+#include <string>
 
 #include "parallel.h"
 #include "path.h"
@@ -37,11 +37,11 @@ bool InOrder(const Matrix& m) {
   return in_order;
 }
 
-// Returns the matrix whose arrays begin at argument `at`. `per_row` is what its rows hold if it has no starts.
-ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, size_t at, int64_t inputs, int64_t outputs, int64_t group,
-                          int64_t per_row) {
-  const ffi::AnyBuffer mask = *args.get<ffi::AnyBuffer>(at), values = *args.get<ffi::AnyBuffer>(at + 1);
-  const ffi::AnyBuffer starts = *args.get<ffi::AnyBuffer>(at + 2), scales = *args.get<ffi::AnyBuffer>(at + 3);
+// Returns the matrix of a call's arrays. `per_row` is what its rows hold if it has no starts.
+ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, int64_t inputs, int64_t outputs, int64_t group, int64_t per_row) {
+  if (args.size() != kArrays) return ffi::Unexpected(Wrong("a matrix is mask, values, starts and scales"));
+  const ffi::AnyBuffer mask = *args.get<ffi::AnyBuffer>(0), values = *args.get<ffi::AnyBuffer>(1);
+  const ffi::AnyBuffer starts = *args.get<ffi::AnyBuffer>(2), scales = *args.get<ffi::AnyBuffer>(3);
   ffi::ErrorOr<Values> kind = KindOf(values);
   if (!kind) return ffi::Unexpected(kind.error());
   Matrix m;
@@ -72,38 +72,28 @@ ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, size_t at, int64_t inputs, in
   return m;
 }
 
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args, ffi::RemainingRets results,
-                   int64_t inputs, ffi::Span<const int64_t> groups, ffi::Span<const int64_t> per_row) {
-  if (args.size() != kArrays * results.size() || groups.size() != results.size() || per_row.size() != results.size())
-    return Wrong("each result needs a matrix");
-  if (x.dimensions().size() != 2) return Wrong("x has no two axes");
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args,
+                   ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t inputs, int64_t group, int64_t per_row) {
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return Wrong("x or the product has no two axes");
   const int64_t rows_of_x = x.dimensions()[0];
+  if (y->dimensions()[0] != rows_of_x) return Wrong("the product has the wrong shape");
   if (rows_of_x == 0) return ffi::Error::Success();
-  std::vector<Matrix> matrices;
-  std::vector<float*> to;
-  for (size_t i = 0; i < results.size(); ++i) {
-    ffi::Result<ffi::AnyBuffer> y = *results.get<ffi::AnyBuffer>(i);
-    if (y->dimensions().size() != 2 || y->dimensions()[0] != rows_of_x) return Wrong("a result has the wrong shape");
-    ffi::ErrorOr<Matrix> m = Read(args, kArrays * i, inputs, y->dimensions()[1], groups[i], per_row[i]);
-    if (!m) return m.error();
-    if (x.dimensions()[1] != m->padded()) return Wrong("x is not filled up with zeros to whole blocks");
-    matrices.push_back(*m);
-    to.push_back(static_cast<float*>(y->untyped_data()));
-  }
+  ffi::ErrorOr<Matrix> m = Read(args, inputs, y->dimensions()[1], group, per_row);
+  if (!m) return m.error();
+  if (x.dimensions()[1] != m->padded()) return Wrong("x is not filled up with zeros to whole blocks");
   const Path& on = path();
-  ForAllRows(pool, matrices, rows_of_x, [&](Share share, Scratch scratch) {
-    on.product(matrices[share.matrix], x.typed_data(), rows_of_x, share.first, share.last, to[share.matrix], scratch);
+  ForAllRows(pool, *m, rows_of_x, [&](Share share, Scratch scratch) {
+    on.product(*m, x.typed_data(), rows_of_x, share.first, share.last, y->typed_data(), scratch);
   });
   return ffi::Error::Success();
 }
 
 ffi::Error Unpack(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> dense,
                   int64_t group, int64_t per_row) {
-  if (args.size() != kArrays) return Wrong("one matrix is unpacked at a time");
-  ffi::ErrorOr<Matrix> m = Read(args, 0, dense->dimensions()[1], dense->dimensions()[0], group, per_row);
+  ffi::ErrorOr<Matrix> m = Read(args, dense->dimensions()[1], dense->dimensions()[0], group, per_row);
   if (!m) return m.error();
   const Path& on = path();
-  ForAllRows(pool, {*m}, 1, [&](Share share, Scratch scratch) {
+  ForAllRows(pool, *m, 1, [&](Share share, Scratch scratch) {
     on.unpack(*m, share.first, share.last, dense->typed_data(), scratch);
   });
   return ffi::Error::Success();
@@ -117,10 +107,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lmmjax_product, lmmjax::Product,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .RemainingArgs()
-                                  .RemainingRets()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("inputs")
-                                  .Attr<xla::ffi::Span<const int64_t>>("groups")
-                                  .Attr<xla::ffi::Span<const int64_t>>("per_row"));
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("per_row"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lmmjax_unpack, lmmjax::Unpack,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()

@@ -5,6 +5,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace lmmjax {
 namespace {
@@ -26,16 +27,13 @@ struct Job {
 // What a share costs: expanding a weight costs about as much as four products with it.
 int64_t CostOf(const Matrix& matrix, int64_t rows_of_x) { return matrix.padded() * (3 + rows_of_x) / 4; }
 
-std::vector<Share> Cut(const std::vector<Matrix>& matrices, int64_t rows_of_x, int64_t most) {
+std::vector<Share> Cut(const Matrix& matrix, int64_t rows_of_x, int64_t most) {
   std::vector<Share> shares;
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    const int64_t outputs = matrices[i].outputs;
-    // Whole tiles; and whole cache lines of y, which two threads should not both write.
-    const int64_t fit = most / std::max<int64_t>(1, CostOf(matrices[i], rows_of_x));
-    const int64_t rows = std::max<int64_t>(16, fit / 16 * 16);
-    for (int64_t first = 0; first < outputs; first += rows)
-      shares.push_back({static_cast<int64_t>(i), first, std::min(outputs, first + rows)});
-  }
+  // Whole tiles; and whole cache lines of y, which two threads should not both write.
+  const int64_t fit = most / std::max<int64_t>(1, CostOf(matrix, rows_of_x));
+  const int64_t rows = std::max<int64_t>(16, fit / 16 * 16);
+  for (int64_t first = 0; first < matrix.outputs; first += rows)
+    shares.push_back({first, std::min(matrix.outputs, first + rows)});
   return shares;
 }
 
@@ -64,19 +62,15 @@ void AwaitOthers(const Job& job) {
 
 }  // namespace
 
-void ForAllRows(xla::ffi::ThreadPool& pool, const std::vector<Matrix>& matrices, int64_t rows_of_x, Work work) {
-  int64_t cost = 0, widest = 0;
-  for (const Matrix& matrix : matrices) {
-    cost += matrix.outputs * CostOf(matrix, rows_of_x);
-    widest = std::max(widest, matrix.padded());
-  }
+void ForAllRows(xla::ffi::ThreadPool& pool, const Matrix& matrix, int64_t rows_of_x, Work work) {
+  const int64_t cost = matrix.outputs * CostOf(matrix, rows_of_x);
   const int64_t threads = cost < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
   // Shared, for a thread of the pool may look in when this function has long returned.
   auto job = std::make_shared<Job>();
-  job->shares = Cut(matrices, rows_of_x, threads == 1 ? cost : cost / (threads * kSharesPerThread));
+  job->shares = Cut(matrix, rows_of_x, threads == 1 ? cost : cost / (threads * kSharesPerThread));
   job->work = std::move(work);
-  job->floats = rows_of_x == 1 ? 0 : kTile * widest;
-  job->codes = widest + kBlock;
+  job->floats = rows_of_x == 1 ? 0 : kTile * matrix.padded();
+  job->codes = matrix.padded() + kBlock;
   for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule([job] { TakePart(*job); });
   TakePart(*job);
   AwaitOthers(*job);

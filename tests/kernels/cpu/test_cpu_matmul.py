@@ -135,16 +135,6 @@ def test_products_are_those_of_float64(path, kind, values):
         np.testing.assert_array_equal(found, w.astype(np.float32))
 
 
-def test_several_matrices_in_one_call(path):
-    pairs = [matrix_and_weights(kind, values, 128, 40) for kind, values in zip(KINDS, VALUES[:5], strict=True)]
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 128)), jnp.bfloat16)
-    found = jax.jit(matmul.run_many)(x, [matrix for matrix, _ in pairs])
-    for product, (matrix, weights) in zip(found, pairs, strict=True):
-        assert product.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(product, matmul.run(x, matrix))
-        np.testing.assert_allclose(np.float64(product), np.float64(x) @ weights.T, rtol=2**-8, atol=1e-3)
-
-
 def test_what_other_rows_hold_does_not_matter(path):
     """A row's last block ends within the next row, whose infinite weight times x's fill of zeros would be NaN."""
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):

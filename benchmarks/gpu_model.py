@@ -34,6 +34,7 @@ from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.engine import State
 from lmmjax.errors import exit_code, first_line
 from lmmjax.files import write_atomic
+from lmmjax.joined import join_linears
 from lmmjax.linears import kernels_of, with_kernels
 from lmmjax.llava import Params
 from lmmjax.plan import Plan, uniform
@@ -192,14 +193,15 @@ def prompt(
 
 
 def random_params(config: LlavaConfig, form: str) -> Params:
-    """Returns random weights, the decoder's linears in a format of `WEIGHTS`."""
+    """Returns random weights, the decoder's linears in a format of `WEIGHTS`, joined as in any model that runs."""
     shapes = llava.shapes(config, "bfloat16")
     text = shapes["text"]
     for i in range(config.text.layers):
         layer = text[f"layers_{i}"]
         text = text | {f"layers_{i}": with_kernels(layer, _kernels(layer, form, i))}
     leaves, tree = jax.tree.flatten_with_path(shapes | {"text": text})
-    return jax.tree.unflatten(tree, [_leaf(path, leaf, seed) for seed, (path, leaf) in enumerate(leaves)])
+    params = jax.tree.unflatten(tree, [_leaf(path, leaf, seed) for seed, (path, leaf) in enumerate(leaves)])
+    return join_linears(config.text, params)
 
 
 def _kernels(layer: Params, form: str, index: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lmmjax.cache import cache_bytes
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.config import LlavaConfig, from_hf
 from lmmjax.errors import InputError
+from lmmjax.joined import join_linears
 from lmmjax.llava import Params
 from lmmjax.plan import Plan, uniform
 from lmmjax.planned import planned_cache
@@ -86,12 +87,13 @@ def read_config(path: Path) -> LlavaConfig:
 
 
 def load(path: Path, plan: Plan | None = None) -> Model:
-    """Returns the checkpoint's model, compressed by `plan` if there is one; see `compress`.
+    """Returns the checkpoint's model, compressed by `plan` if there is one, ready to run; see `compress`, `joined`.
 
     Raises:
         InputError: the checkpoint or the plan cannot be used, or they contradict each other.
     """
-    return compress(checkpoint.load(path), plan)
+    model = compress(checkpoint.load(path), plan)
+    return model._replace(params=join_linears(model.config.text, model.params))
 
 
 def outline(path: Path, plan: Plan | None = None) -> Model:

@@ -1,5 +1,7 @@
 """The building blocks that the parts of the model share: Linear, RMSNorm and the activations."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +42,18 @@ class Linear(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return y
+
+
+def linears(module: nn.Module, x: Float[Array, "*batch in"], **features: int) -> Sequence[Float[Array, "*batch out"]]:
+    """Returns a Linear's outputs for each name, all of the same x: a single product where the params hold them joined.
+
+    Joined they are a linear whose name is theirs with `_` between: q_k_v; see `lmmjax.joined`.
+    """
+    joint = "_".join(features)
+    if not module.has_variable("params", joint):
+        return [Linear(count, name=name)(x) for name, count in features.items()]
+    *ends, total = itertools.accumulate(features.values())
+    return jnp.split(Linear(total, name=joint)(x), ends, axis=-1)
 
 
 class RMSNorm(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kernels.rope import Rotation, rotations
 from lmmjax.attention import Attend
 from lmmjax.config import TextConfig
-from lmmjax.layers import Linear, RMSNorm, leaf
+from lmmjax.layers import Linear, RMSNorm, leaf, linears
 
 
 class Attention(nn.Module):
@@ -23,11 +23,11 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b t e"], rotation: Rotation, attend: Attend) -> tuple[Array, Any]:
         config = self.config
 
-        def split(name: str, heads: int) -> Float[Array, "b h t d"]:
-            y = Linear(heads * config.head_dim, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, config.head_dim).transpose(0, 2, 1, 3)
+        def heads(y: Float[Array, "b t hd"]) -> Float[Array, "b h t d"]:
+            return y.reshape(*x.shape[:2], -1, config.head_dim).transpose(0, 2, 1, 3)
 
-        q, k, v = split("q", config.heads), split("k", config.kv_heads), split("v", config.kv_heads)
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        q, k, v = map(heads, linears(self, x, q=wide, k=narrow, v=narrow))
         mixed, kept = attend(q, k, v, rotation)
         merged = mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         return Linear(config.width, name="o")(merged), kept
@@ -40,7 +40,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
-        gate, up = (Linear(self.config.ffn, name=name)(x) for name in ("gate", "up"))
+        gate, up = linears(self, x, gate=self.config.ffn, up=self.config.ffn)
         return Linear(self.config.width, name="down")(jax.nn.silu(gate) * up)
 
 

@@ -18,6 +18,7 @@ from lmmjax import answer, engine, evaluate, llava, weights
 from lmmjax import checkpoint as checkpoints
 from lmmjax.attention import causal
 from lmmjax.errors import InputError
+from lmmjax.joined import join_linears
 from lmmjax.linears import kernels_of
 from lmmjax.pack import __main__ as command
 from lmmjax.prompt import pad
@@ -107,6 +108,32 @@ def test_a_head_of_8_bits_moves_logits_little(hf_checkpoint, tied, tmp_path):
     assert 0 < np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+def test_a_model_that_runs_has_its_linears_joined_and_says_the_same(pruned, tmp_path):
+    small = packed(pruned["bitmap"], tmp_path / "small", "--bits", "8")
+    stored, model = checkpoints.load(small), answer.load(small)
+    assert set(model.params["text"]["layers_1"]["attn"]) == {"q_k_v", "o"}
+    assert set(model.params["text"]["layers_1"]["mlp"]) == {"gate_up", "down"}
+    tokens, lengths = np.array([[5, 9, 7, 11]]), np.array([4])
+    states = [
+        engine.decode(config, params, engine.start(config, params, tokens, lengths, max_tokens=12), 12)
+        for config, params in ((stored.config, stored.params), model[:2])
+    ]
+    assert states[0].cache.lengths == states[1].cache.lengths == 15
+    jax.tree.map(np.testing.assert_array_equal, states[0].cache.layers, states[1].cache.layers)
+    np.testing.assert_array_equal(states[0].answer, states[1].answer)
+
+
+def test_linears_that_are_packed_in_unlike_ways_stay_apart(checkpoint, tmp_path):
+    stored = checkpoints.load(packed(checkpoint, tmp_path / "small", "--bits", "8"))
+    layer = stored.params["text"]["layers_0"]
+    k = layer["attn"]["k"]["kernel"].dense()
+    mixed = layer | {"attn": layer["attn"] | {"k": {"kernel": k}}}
+    params = stored.params | {"text": stored.params["text"] | {"layers_0": mixed}}
+    found = join_linears(stored.config.text, params)["text"]["layers_0"]
+    assert found["attn"] is mixed["attn"]
+    assert set(found["mlp"]) == {"gate_up", "down"}
+
+
 def test_an_outline_has_the_shapes_of_what_is_loaded(pruned, tmp_path):
     small = packed(pruned["bitmap"], tmp_path / "small", "--bits", "4", "--group", "16", "--head", "4")
     outlined, loaded = checkpoints.outline(small).params, weights_of(small)
@@ -118,7 +145,7 @@ def test_an_outline_has_the_shapes_of_what_is_loaded(pruned, tmp_path):
 def test_an_answer_says_what_multiplies(pruned, tmp_path):
     model = answer.load(packed(pruned["bitmap"], tmp_path / "small", "--bits", "8"))
     found = answer.products(model.params)
-    assert sum(found.values()) == 14
+    assert sum(found.values()) == 8  # of two layers: q, k and v are one, and so are gate and up
     assert all("(bitmap, 8 bits)" in name for name in found)
 
 

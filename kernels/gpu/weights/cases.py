@@ -72,10 +72,20 @@ CASES: dict[str, Case] = {
     "2:4 in int4, groups of 128": Case("2:4", 4, 128, (512, 64), m=4),
 }
 LAYERS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "7b": {"q, k, v, o": (4096, 4096, 4), "gate, up": (4096, 11008, 2), "down": (11008, 4096, 1)},
-    "13b": {"q, k, v, o": (5120, 5120, 4), "gate, up": (5120, 13824, 2), "down": (13824, 5120, 1)},
+    "7b": {
+        "q, k, v": (4096, 3 * 4096, 1),
+        "o": (4096, 4096, 1),
+        "gate, up": (4096, 2 * 11008, 1),
+        "down": (11008, 4096, 1),
+    },
+    "13b": {
+        "q, k, v": (5120, 3 * 5120, 1),
+        "o": (5120, 5120, 1),
+        "gate, up": (5120, 2 * 13824, 1),
+        "down": (13824, 5120, 1),
+    },
 }
-"""Inputs, outputs and number of the linears of a decoder layer of LLaVA-1.5, by shape."""
+"""Inputs, outputs and number of the products of a decoder layer of LLaVA-1.5: linears of the same x are joined."""
 FORMATS: dict[str, Case] = {
     "2:4": Case("2:4", 16),
     "2:4 int8": Case("2:4", 8),

@@ -35,6 +35,13 @@ def add(parser: argparse.ArgumentParser, samples: int, windows: int) -> None:
     add("--batch", type=int, default=16)
 
 
+def dense(args: argparse.Namespace) -> Checkpoint:
+    """Returns the model that is compressed in every way; raises InputError for one that is compressed already."""
+    path = checkpoint.resolve(args.model)
+    checkpoint.require_dense(path, checkpoint.described(path)[1])
+    return checkpoint.load(path)
+
+
 def text(args: argparse.Namespace) -> dict[str, Any] | None:
     """Returns what a file of figures says of the text; None: there was none."""
     if not args.text:

@@ -19,7 +19,7 @@ from benchmarks.judged import found_in, name_of, windows
 from benchmarks.kv_judge import Judge, Widths, sizes
 from benchmarks.kv_rows import Row, rows
 from benchmarks.kv_table import page
-from lmmjax import checkpoint, data, kv_error, perplexity, runtime
+from lmmjax import data, kv_error, perplexity, runtime
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.errors import exit_code
 from lmmjax.likelihood import gather
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     found = found_in(path, settings, "rows")
     done = {(row["method"], row["level"]) for row in found}
-    model = checkpoint.load(checkpoint.resolve(args.model))
+    model = judged.dense(args)
     bench = Bench(model, args)
     wanted = [(row.method, _level(row)) for row in rows(model.config.text)]
     wanted += [(name, str(settings["bits"])) for name, settings in PEERS if not args.no_peers]

@@ -20,7 +20,7 @@ from benchmarks import judged, machine
 from benchmarks.judged import files, found_in, name_of, windows
 from benchmarks.kv_judge import Judge
 from benchmarks.prune_cells import Cell, cells
-from lmmjax import calibrate, checkpoint, data, runtime
+from lmmjax import calibrate, data, runtime
 from lmmjax.calibrate import gradients, samples, walk
 from lmmjax.calibrate.loss import Loss
 from lmmjax.calibrate.samples import Recipe
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     done = {Cell(*(row[name] for name in Cell._fields)) for row in found}
     missing = [cell for cell in cells(args.levels, args.seeds) if cell not in done]
     if missing:
-        contest = Contest(checkpoint.load(checkpoint.resolve(args.model)), args)
+        contest = Contest(judged.dense(args), args)
         judged.measure(path, settings, "cells", found, missing, contest.row, _line)
     print(path)
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import judged, machine
 from benchmarks.contest import Cell, Contest, Sizes, cells
 from benchmarks.judged import found_in, name_of, windows
-from lmmjax import checkpoint, runtime
+from lmmjax import runtime
 from lmmjax.errors import exit_code
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     done = {_cell(row) for row in found}
     missing = [cell for cell in cells(args.sparsity, args.bits, args.seeds) if cell not in done]
     if missing:
-        model = checkpoint.load(checkpoint.resolve(args.model))
+        model = judged.dense(args)
         contest = Contest(model, Sizes(*_sizes(args)), windows(model, args), args.context, args.batch)
         judged.measure(path, settings, "cells", found, missing, contest.measure, _line)
     print(path)

@@ -67,7 +67,8 @@ def summary(result: "Answer") -> str:
     speed = f": {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
     phases = "; ".join(f"{phase} {', '.join(names)}" for phase, names in result.attention.items())
     products = "".join(f"; products: {count} x {name}" for name, count in result.products.items())
-    if any(name.startswith("unpacked") for name in result.products) and (reason := library.missing()):
+    unpacked = any(name.startswith("unpacked") for name in result.products)
+    if unpacked and result.device == "cpu" and (reason := library.missing()):
         products += f" ({reason})"
     lines = [
         f"prompt   {result.prompt_tokens} tokens: {vision}prefill {result.prefill_ms:.1f} ms",

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from said import one_line
 
-from benchmarks import machine, prune_quality, prune_table
+from benchmarks import kv_quality, machine, prune_quality, prune_table, quality
 from benchmarks.prune_cells import Cell, cells
 from lmmjax import checkpoint as checkpoints
+from lmmjax.pack import __main__ as pack
 from lmmjax.prune.allocations import ALLOCATIONS
 from lmmjax.prune.method import NAMES
 
@@ -67,3 +69,13 @@ def test_tables_take_means_over_seeds():
     assert "| 2:4 | own mask | - | - | 25.0% | - | - | 9.0 |" in page
     page = prune_table.page("x.json", {"cells": cells[:3], "settings": settings | {"text": None}, "about": about})
     assert "| 2:4 | ria | - | - | 60.0 ± 14.1% | - | - | 0.600 ± 0.141 |" in page
+
+
+@pytest.mark.parametrize("benchmark", [prune_quality, kv_quality, quality])
+def test_what_is_compressed_already_is_refused(benchmark, results, checkpoint, tmp_path_factory, capsys):
+    small = tmp_path_factory.mktemp("packed") / "small"
+    assert pack.main(["--model", str(checkpoint), "--bits", "8", str(small)]) == 0
+    capsys.readouterr()
+    assert benchmark.main(["--model", str(small)]) == 2
+    assert "is compressed already" in one_line(capsys)
+    assert not list(results.iterdir())

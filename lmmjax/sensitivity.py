@@ -90,11 +90,6 @@ def _encoded(args: argparse.Namespace, stored: "Checkpoint") -> "Encoded":
     from lmmjax.calibrate import samples
     from lmmjax.prompt import Processor
 
-    if not args.text and not stored.config.sees:
-        raise InputError(
-            f"--data: {stored.path} has no vision tower and reads text alone, but the questions show images; give"
-            " --text FILE"
-        )
     data = None if args.text else args.data or EASY_VQA
     recipe = samples.Recipe(data, args.samples, tuple(args.text), args.samples, _length(args, stored), args.seed)
     (encoded,) = samples.encode(Processor.load(stored.path, stored.config), recipe)

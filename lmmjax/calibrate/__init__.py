@@ -29,7 +29,7 @@ def statistics(
     model = held(config, params)
     rows = walk.embedded(config, model.outer, samples)
     return tuple(
-        walk.look(config.text, model.layer(index), rows, tokens, grams, move=True)
+        walk.look(config.text, model.layer(index), rows, tokens, grams, move=True, where=f"layer {index}")
         for index in range(config.text.layers)
     )
 
@@ -51,7 +51,7 @@ def transform_layers(
     rows = walk.embedded(config, model.outer, samples)
     for index in range(config.text.layers):
         layer = model.layer(index)
-        stats = walk.look(config.text, layer, rows, tokens, grams, move=False)
+        stats = walk.look(config.text, layer, rows, tokens, grams, move=False, where=f"layer {index}")
         text[f"layers_{index}"] = transform(index, layer, stats)
         walk.move(config.text, text[f"layers_{index}"], rows)
     return params | {"text": text}

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from safetensors.flax import load_file
 
-from lmmjax.calibrate.layer import forward, run
+from lmmjax.calibrate import walk
+from lmmjax.calibrate.layer import run
 from lmmjax.calibrate.loss import losses
 from lmmjax.calibrate.tokens import Rows
 from lmmjax.calibrate.trail import save
@@ -31,30 +32,33 @@ SCRATCH = "hidden-states-"
 def sizes(model: Layered, rows: list[Rows], folder: Path) -> Iterator[tuple[int, Kernels]]:
     """Yields (layer, mean over samples of |gradient| of each linear), from the last layer to the first.
 
-    On disk meanwhile: all samples' hidden states before every layer, which for many long windows is far more than the
-    model. `folder` is this process's alone. The loss is a sample's mean negative log-likelihood of its text tokens.
+    Consumes `rows`. On disk meanwhile: all samples' hidden states before every layer, which for many long windows is
+    far more than the model. `folder` is this process's alone. The loss is a sample's mean negative log-likelihood of
+    its text tokens.
     """
     samples = sum(int(batch.valid.any(1).sum()) for batch in rows)
     for left in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(left)
     with TemporaryDirectory(prefix=SCRATCH, dir=folder) as name:
         waiting = Path(name)
-        slopes = [_entering(model, batch, waiting, i) for i, batch in enumerate(rows)]
+        told = [batch.replace(x=None) for batch in rows]
+        slopes = _entering(model, rows, waiting)
         for index in reversed(range(model.config.text.layers)):
             layer, total = model.layer(index), None
-            for i, batch in enumerate(rows):
+            for i, batch in enumerate(told):
                 x = load_file(waiting / f"{index}-{i}")["x"]
                 sums, slopes[i] = _back(model.config.text, layer, batch.replace(x=x), slopes[i])
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
             yield index, jax.tree.map(lambda value: value / samples, total)
 
 
-def _entering(model: Layered, batch: Rows, waiting: Path, number: int) -> Float[Array, "b t e"]:
-    """Writes what enters each layer; returns the loss's gradient by what leaves the last."""
+def _entering(model: Layered, rows: list[Rows], waiting: Path) -> list[Float[Array, "b t e"]]:
+    """Writes what enters each layer, emptying `rows`; returns the loss's gradients by what leaves the last."""
     for index in range(model.config.text.layers):
-        save(waiting / f"{index}-{number}", {"x": batch.x})
-        batch = batch.replace(x=forward(model.config.text, model.layer(index), batch))
-    return _slope(model.config, model.outer, batch)
+        for i, batch in enumerate(rows):
+            save(waiting / f"{index}-{i}", {"x": batch.x})
+        walk.move(model.config.text, model.layer(index), rows)
+    return [_slope(model.config, model.outer, rows.pop(0)) for _ in range(len(rows))]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -81,7 +81,8 @@ def collect(
 
 
 def _squares(x: Float[Array, "b t i"], chosen: Bool[Array, "b t"]) -> Float[Array, "i"]:
-    return jnp.einsum("bti,bt->i", jnp.square(x.astype(jnp.float32)), chosen.astype(jnp.float32))
+    squares, counted = jnp.square(x.astype(jnp.float32)), chosen.astype(jnp.float32)
+    return jnp.einsum("bti,bt->i", squares, counted, precision=jax.lax.Precision.HIGHEST)
 
 
 def _gram(x: Float[Array, "b t i"], chosen: Bool[Array, "b t"]) -> Float[Array, "i i"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +30,15 @@ def encode(processor: Processor, recipe: Recipe) -> list[Encoded]:
     """Returns the samples as arrays, those of images and those of text apart.
 
     Raises:
-        InputError: there is nothing to calibrate on, or a file cannot be used.
+        InputError: there is nothing to calibrate on, a file cannot be used, or the model does not see.
     """
     found = []
     if recipe.data is not None:
+        if not processor.config.sees:
+            raise InputError(
+                f"--data: {processor.directory} has no vision tower and reads text alone, but the questions show"
+                " images; give --text FILE"
+            )
         (chosen,) = data.disjoint(data.load(recipe.data, "train"), [recipe.samples], recipe.seed)
         found.append(data.encode(processor, chosen))
     if recipe.text:
@@ -52,8 +58,12 @@ def windows(documents: Sequence[Sequence[int]], count: int, length: int, seed: i
     places = np.array([max(0, len(ids) - length + 1) for ids in documents])
     if not places.sum():
         raise InputError(
-            f"--length: got {length}, expected at most the longest file's {max(map(len, documents))} tokens"
+            f"--text: windows have {length} tokens, and the longest file has {max(map(len, documents))};"
+            " give longer files, or a smaller --length"
         )
+    if short := int((places == 0).sum()):
+        left_out = f"--text: {short} of {len(documents)} files are shorter than {length} tokens and left out"
+        print(left_out, file=sys.stderr)
     drawn = np.random.default_rng(seed).integers(places.sum(), size=count)
     ends = np.cumsum(places)
     chosen = np.searchsorted(ends, drawn, side="right")

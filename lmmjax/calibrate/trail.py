@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
 from lmmjax import files
 from lmmjax.calibrate.tokens import Rows
@@ -100,6 +100,7 @@ def _read(path: Path) -> tuple[Arrays, Any]:
     try:
         with safe_open(path, "flax") as opened:
             facts = json.loads((opened.metadata() or {}).get("facts", "null"))
-        return load_file(path), facts
+            # One by one: a whole file at once would be held twice.
+            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from error

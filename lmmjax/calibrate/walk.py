@@ -33,8 +33,14 @@ def check_choice(choice: str) -> None:
         raise InputError(f"calibration tokens: got {choice!r}, expected {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
 
 
-def look(text: TextConfig, layer: Params, rows: list[Rows], choice: str, grams: bool, move: bool) -> LayerStatistics:
-    """Returns a layer's statistics; if asked to, moves the rows through it at the same time."""
+def look(
+    text: TextConfig, layer: Params, rows: list[Rows], choice: str, grams: bool, move: bool, where: str
+) -> LayerStatistics:
+    """Returns a layer's statistics; if asked to, moves the rows through it at the same time.
+
+    Raises:
+        InputError: no samples, or numbers that are not finite; `where` names the layer.
+    """
     total = None
     for index, batch in enumerate(rows):
         sums, out = collect(text, layer, batch, choice, grams)
@@ -43,6 +49,11 @@ def look(text: TextConfig, layer: Params, rows: list[Rows], choice: str, grams: 
             rows[index] = batch.replace(x=out)
     if total is None:
         raise InputError("calibration: got no samples, expected at least one")
+    if not all(bool(jnp.isfinite(fed).all()) for fed in total.fed.values()):
+        raise InputError(
+            f"{where}: what its linears are fed is not finite; weights before them hold inf or NaN, or overflow"
+            f" {rows[0].x.dtype}: convert the model with --dtype bfloat16 or float32"
+        )
     return total.statistics
 
 

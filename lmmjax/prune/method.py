@@ -84,13 +84,15 @@ class Method:
         A pattern takes the place of the counts. `where` names the layer in errors.
 
         Raises:
-            InputError: the pattern does not fit a linear, or an update's matrix is not positive definite.
+            InputError: the pattern does not fit a linear, weights or gradients are not finite, or an update's matrix
+                is not positive definite.
         """
         found: dict[str, Pruned] = {}
         for first, names in SHARED.items():
             touched = [name for name in names if self.pattern or drops[name]]
             prepared = self._prepared(stats[first], f"{where}, {first}") if touched else None
             for name in touched:
+                _require_finite(kernel_of(layer, name), stats[name].gradient, f"{where}, {name}")
                 found[name] = self.linear(kernel_of(layer, name), stats[name], drops[name], prepared)
         return with_kernels(layer, {name: pruned.weight for name, pruned in found.items()}), found
 
@@ -120,6 +122,12 @@ class Method:
         score = SCORES[self.name].rule(weight, stats)
         order = permutation(score, *self.pattern)
         return keep_n_of_m_permuted(score, *self.pattern, order), jnp.asarray(order)
+
+
+def _require_finite(weight: Array, gradient: Array | None, where: str) -> None:
+    for what, array in (("weights", weight), ("gradients", gradient)):
+        if array is not None and not bool(jnp.isfinite(array).all()):
+            raise InputError(f"{where}: got {what} that are inf or NaN, expected finite ones; nothing can rank them")
 
 
 @functools.partial(jax.jit, static_argnums=0)

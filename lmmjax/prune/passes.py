@@ -90,8 +90,8 @@ class Passes:
         with trail.alone(FLAG):
             rows = self._entering(trail)
             for index in self._bar(trail, "statistics of the dense model"):
-                layer = self.model.layer(index)
-                stats = walk.look(self.model.config.text, layer, rows, self.choice, grams, move=True)
+                layer, where = self.model.layer(index), f"layer {index}"
+                stats = walk.look(self.model.config.text, layer, rows, self.choice, grams, move=True, where=where)
                 trail.add(index, to_arrays(stats), rows=rows)
         return trail
 
@@ -131,7 +131,8 @@ class Passes:
         bar = tqdm(left, desc=_saying(task), initial=self.layers - len(left), total=self.layers, unit="layer")
         for index in bar:
             stats = _sloped(from_arrays(dense.read(index)[0]), slopes, index)
-            trail.add(index, *_parts(self._prune(task, index, self.model.layer(index), stats)))
+            done = self._prune(task, index, self.model.layer(index), stats)
+            trail.add(index, *_parts(done, index, task.dtypes))
 
     def _in_sequence(self, task: Task, trail: Trail, slopes: Trail | None) -> None:
         """Prunes each layer by statistics taken behind the pruned layers before it."""
@@ -139,10 +140,10 @@ class Passes:
         rows = self._entering(trail)
         for index in self._bar(trail, _saying(task)):
             layer = self.model.layer(index)
-            stats = walk.look(text, layer, rows, self.choice, self.grams, move=False)
+            stats = walk.look(text, layer, rows, self.choice, self.grams, move=False, where=f"layer {index}")
             done = self._prune(task, index, layer, _sloped(stats, slopes, index))
             walk.move(text, with_kernels(layer, done.kernels), rows)
-            trail.add(index, *_parts(done), rows)
+            trail.add(index, *_parts(done, index, task.dtypes), rows)
 
     def _entering(self, trail: Trail) -> list[Rows]:
         """Returns the rows at the first layer that is not done."""
@@ -178,10 +179,11 @@ def _saying(task: Task) -> str:
     return f"pruning by {task.method.label}"
 
 
-def _parts(done: Done) -> tuple[dict[str, Array], list[dict[str, Any]]]:
-    """Returns a layer as a trail keeps it."""
+def _parts(done: Done, index: int, dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Array], list[dict[str, Any]]]:
+    """Returns a layer as a trail keeps it: kernels in what the checkpoint stores, to which they are rounded already."""
+    kernels = {name: kernel.astype(dtypes[path_of(index, name)]) for name, kernel in done.kernels.items()}
     orders = {f"{name}.order": order for name, order in done.orders.items()}
-    return done.kernels | orders, [loss._asdict() for loss in done.losses]
+    return kernels | orders, [loss._asdict() for loss in done.losses]
 
 
 def _done(arrays: dict[str, Array], facts: list[dict[str, Any]]) -> Done:

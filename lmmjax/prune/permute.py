@@ -1,8 +1,7 @@
 """Channel permutation for N:M: which inputs share a block, so that a block seldom has to drop what matters.
 
 As RIA does it: inputs are dealt to blocks by their summed scores, then one input of every block at a time is dealt
-anew, by linear sum assignment. Linears that read the same inputs get one order for all from their scores side by
-side, (in, out + out + ...). Source: openreview.net/forum?id=Tr0lPx9woF.
+anew, by linear sum assignment. Each linear gets an order of its own. Source: openreview.net/forum?id=Tr0lPx9woF.
 """
 
 import functools

@@ -3,7 +3,8 @@
 import argparse
 import json
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     runtime.prepare()
     for target in filter(None, (args.out, args.export)):
         files.refuse_existing(target)
-    if args.export is not None and args.export.resolve() == args.out.resolve():
-        raise InputError(f"--export: got {args.export}, which is OUT; expected another directory")
+    if args.export is not None:
+        _require_apart(args.export, args.out)
     method, targets = _asked(args)
     path = checkpoint.resolve(args.model)
     config, plan = checkpoint.described(path)
@@ -47,10 +48,25 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args, config)
     passes = _passes(args, path, config, recipe, method)
     task = Task(method, targets.drops(passes, args.seed), not args.one_shot, _dtypes(path))
+    _tell_of_what_goes_whole(task.drops, config)
     losses = _write(args, path, passes, task, recipe)
     passes.forget(task)
     print(f"{report.text(losses)}\n\nwritten: {args.out}")
     return _export(args)
+
+
+def _require_apart(export: Path, out: Path) -> None:
+    one, other = export.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise InputError(f"--export: got {export}, which is OUT, or within it or around it; expected another directory")
+
+
+def _tell_of_what_goes_whole(drops: Sequence[Mapping[str, int]], config: LlavaConfig) -> None:
+    """Says on stderr which linears an allocation leaves nothing of: a legal wish, but hardly anyone's."""
+    for index, row in enumerate(drops):
+        gone = [name for name, drop in row.items() if drop == config.text.linear_shape(name)[0]]
+        if gone:
+            print(f"layer {index}: all weights of {', '.join(gone)} are to go; ask for less", file=sys.stderr)
 
 
 def _asked(args: argparse.Namespace) -> tuple[Method, Targets]:

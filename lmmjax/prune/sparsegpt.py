@@ -70,7 +70,8 @@ def repair(
 ) -> Float[Array, "in out"]:
     """Returns weights that are zero where they do not stay, and make up for it elsewhere.
 
-    Those of inputs that were always zero go, too. `block` decides about speed alone.
+    Those of inputs that were always zero make up for nothing and stay as they are, where they stay: the source drops
+    them too, beyond what was asked for. `block` decides about speed alone.
     """
     return _repaired(weight, factor, keep, block)
 
@@ -140,8 +141,8 @@ def _pruned(
     weights = jnp.where(factor.dead[:, None], 0, weight.astype(jnp.float32))
     weights, keep = (jnp.pad(x, ((0, beyond), (0, 0))) for x in (weights, keep))
     band = _eliminate(Band(weights, keep, jnp.zeros_like(weights)), upper, [*levels, (1, None)])
-    keep = band.keep[:inputs]
-    return zeroed(band.weights[:inputs].astype(weight.dtype), keep), keep
+    keep, found = band.keep[:inputs], band.weights[:inputs].astype(weight.dtype)
+    return zeroed(jnp.where(factor.dead[:, None], weight, found), keep), keep
 
 
 def _eliminate(band: Band, upper: Float[Array, "n n"], levels: list[Level]) -> Band:

@@ -1,5 +1,7 @@
 """Gradients walked back layer by layer against those of the whole model, and losses against its logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +53,11 @@ def test_sizes_are_the_means_of_every_samples_gradient(params, tmp_path, monkeyp
     samples = encoded(3)
     monkeypatch.setattr(walk, "TOKENS", 32)  # two batches, the second filled up
     model = held(CONFIG, params)
-    found = dict(gradients.sizes(model, walk.embedded(CONFIG, model.outer, samples), tmp_path))
+    read: list[int] = []
+    counted = dataclasses.replace(model, layer=lambda index: (read.append(index), model.layer(index))[1])
+    found = dict(gradients.sizes(counted, walk.embedded(CONFIG, model.outer, samples), tmp_path))
     assert list(found) == [1, 0]
+    assert read == [0, 1, 1, 0]  # each layer twice, however many batches there are
     assert not list(tmp_path.iterdir())
     each = [slopes(params, samples, row) for row in range(3)]
     for index, name in ((index, name) for index in found for name in LINEARS):

@@ -27,7 +27,7 @@ def test_a_seed_draws_the_same_and_another_others():
 
 
 def test_windows_longer_than_all_documents_are_refused():
-    with pytest.raises(InputError, match="--length: got 11, expected at most the longest file's 10 tokens"):
+    with pytest.raises(InputError, match="--text: windows have 11 tokens, and the longest file has 10; give longer"):
         samples.windows(DOCUMENTS, 1, 11, seed=0)
 
 

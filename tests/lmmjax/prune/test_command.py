@@ -12,9 +12,9 @@ from lmmjax import checkpoint as checkpoints
 from lmmjax.calibrate import walk
 from lmmjax.config import LINEARS
 from lmmjax.files import read_json
-from lmmjax.linears import kernel_of
+from lmmjax.linears import kernel_of, with_kernels
 from lmmjax.prune import __main__ as command
-from lmmjax.prune import passes, scores
+from lmmjax.prune import passes, scores, targets
 from lmmjax.prune.allocations import ALLOCATIONS
 from lmmjax.prune.updates import UPDATES
 
@@ -200,6 +200,46 @@ def test_the_export_is_what_was_pruned(prune, tmp_path):
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     (name,) = (name for name in exported if "language" in name and name.endswith("layers.0.self_attn.q_proj.weight"))
     np.testing.assert_array_equal(exported[name].T, kernels(tmp_path / "out")[0, "q"])
+
+
+@pytest.mark.parametrize(
+    ("index", "linear", "said"),
+    [
+        (0, "up", "layer 0: what its linears are fed is not finite"),
+        (1, "down", "layer 1, down: got weights that are inf"),
+    ],
+)
+@pytest.mark.parametrize("words", [("--light",), ("--light", "--one-shot"), ("--method", "sparsegpt")], ids=str)
+def test_weights_that_are_not_finite_are_one_line(checkpoint, data, tmp_path, capsys, index, linear, said, words):
+    """Nothing could rank them, and what comes behind them would be calibrated on nothing."""
+    stored, name = checkpoints.load(checkpoint), f"layers_{index}"
+    text = stored.params["text"]
+    broken = with_kernels(text[name], {linear: kernel_of(text[name], linear).at[3, 2].set(np.inf)})
+    checkpoints.save(
+        tmp_path / "broken", stored.params | {"text": text | {name: broken}}, like=checkpoint, plan=stored.plan
+    )
+    where = ["--model", str(tmp_path / "broken"), "--statistics", str(tmp_path / "statistics"), "--sparsity", "0.5"]
+    asked = ["--data", str(data / "questions.jsonl"), "--samples", "6"]
+    for _ in range(2):  # what the first run left on its trail changes nothing
+        assert command.main([*where, *asked, *words, str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_lose_everything_are_said(prune, monkeypatch, capsys):
+    drops = [dict.fromkeys(LINEARS, 8), {**dict.fromkeys(LINEARS, 8), "q": 32}]
+    monkeypatch.setattr(targets.Targets, "_counts", lambda self, passes, seed: drops)
+    assert prune("out", "--light") == 0
+    assert "layer 1: all weights of q are to go" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["out", "out/hf", "."])
+def test_an_export_lies_apart(prune, tmp_path, capsys, place):
+    (tmp_path / "there").mkdir()
+    assert prune("there/out", "--light", "--export", str(tmp_path / "there" / place)) == 2
+    said = capsys.readouterr().err
+    assert "--export: got" in said or "exists" in said
+    assert not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.parametrize(

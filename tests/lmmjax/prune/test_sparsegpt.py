@@ -106,13 +106,32 @@ def test_a_pattern_is_chosen_by_weights_as_they_are_at_the_groups_turn(n, m):
     close(weight, expected)
 
 
-def test_inputs_that_were_always_zero_lose_their_weights_and_touch_nothing_else():
+def without(gram: np.ndarray, dead: list[int]) -> np.ndarray:
+    gram = gram.copy()
+    gram[dead] = gram[:, dead] = 0
+    return gram
+
+
+def test_inputs_that_were_always_zero_touch_nothing_else_and_lose_what_was_asked_for_alone():
     w, _, gram = draw(24, 5)
-    gram[[2, 7]] = gram[:, [2, 7]] = 0
+    dead, gram = [2, 7], without(gram, [2, 7])
     keep = random_mask(w.shape)
     ours = sparsegpt.repair(jnp.asarray(w), sparsegpt.prepare(jnp.float32(gram), "here"), jnp.asarray(keep))
-    close(ours, eliminate(w, gram, keep)[0])
-    assert not np.asarray(ours)[[2, 7]].any()
+    close(np.delete(ours, dead, 0), np.delete(eliminate(w, gram, keep)[0], dead, 0))
+    np.testing.assert_array_equal(np.asarray(ours)[dead], np.where(keep, w, 0)[dead])
+
+
+@pytest.mark.parametrize(("drop", "pattern"), [(6, None), (18, None), (0, (2, 4))])
+def test_the_weights_that_are_zero_are_those_that_the_mask_drops(drop, pattern):
+    """Half of the inputs are dead, which is more than is to go, or less."""
+    w, _, gram = draw(24, 5)
+    dead = list(range(0, 24, 2))
+    factor = sparsegpt.prepare(jnp.float32(without(gram, dead)), "here")
+    weight, keep = UPDATES["sparsegpt"].choose(jnp.asarray(w), factor, drop, pattern)
+    np.testing.assert_array_equal(np.asarray(weight) != 0, keep)
+    assert (~np.asarray(keep)).sum() == 5 * (drop if pattern is None else 12)
+    gone = (~np.asarray(keep))[dead].sum()
+    assert gone == min(5 * (drop or 12), 5 * 12)  # what no output depends on goes first
 
 
 def test_what_the_small_damping_leaves_indefinite_gets_the_larger_one():

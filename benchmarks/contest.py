@@ -19,9 +19,9 @@ from lmmjax.cache import empty_search_cache
 from lmmjax.checkpoint import Checkpoint
 from lmmjax.perplexity import Window
 from lmmjax.plan import BITS, CacheFormat
-from lmmjax.prune import keep_n_of_m, rank_model
 from lmmjax.prune.budget import WeightBudget
-from lmmjax.prune.transform import Ranks
+from lmmjax.prune.masks import keep_n_of_m
+from lmmjax.prune.transform import Ranks, rank_model
 from search import problem, sets, study
 from search.objective import Evaluator, pruned
 from search.problem import Problem

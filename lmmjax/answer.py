@@ -119,7 +119,7 @@ def compress(stored: Checkpoint, plan: Plan | None = None) -> Model:
         return Model(stored.config, stored.params, chosen)
     if not chosen.prunes or _drops_of(stored):
         return Model(stored.config, _turned(stored, _is_folded(chosen)), chosen)
-    from lmmjax.prune import replay  # pulls in data sets and calibration, which no other path needs
+    from lmmjax.prune.replay import replay  # pulls in data sets and calibration, which no other path needs
 
     recipe = chosen.calibration
     print(f"pruning as the plan records, calibrated on {recipe.samples} samples of {recipe.data}", file=sys.stderr)

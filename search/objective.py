@@ -19,8 +19,7 @@ from lmmjax.data import Encoded
 from lmmjax.likelihood import Batch, LogProbs, Result
 from lmmjax.llava import Params
 from lmmjax.plan import CacheFormat
-from lmmjax.prune import masked
-from lmmjax.prune.transform import Ranks
+from lmmjax.prune.transform import Ranks, masked
 from search.space import Candidate, dense
 
 

@@ -13,8 +13,7 @@ from lmmjax.fold import fold_values
 from lmmjax.likelihood import Result
 from lmmjax.plan import Calibration, Plan
 from lmmjax.prompt import Processor
-from lmmjax.prune import apply_plan, rank_model
-from lmmjax.prune.transform import Ranks
+from lmmjax.prune.transform import Ranks, apply_plan, rank_model
 from search import comparison, sets
 from search.comparison import Contender
 from search.objective import OBJECTIVES, Evaluator

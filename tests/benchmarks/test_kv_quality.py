@@ -15,7 +15,7 @@ from lmmjax.checkpoint import load
 from lmmjax.perplexity import Window
 from lmmjax.plan import uniform
 from lmmjax.prompt import Processor
-from lmmjax.prune import rank_model
+from lmmjax.prune.transform import rank_model
 from search.objective import Evaluator
 from search.space import dense
 

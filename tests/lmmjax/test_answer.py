@@ -194,7 +194,7 @@ def test_weights_that_carry_a_rotation_are_pruned_without_it(model: answer.Model
     folded = dataclasses.replace(plan_of(model, bits=4), cache=CacheFormat(rotate_values="folded"))
     stored = Checkpoint(Path("folded"), model.config, fold_values(model.config.text, model.params), folded)
     seen = []
-    monkeypatch.setattr("lmmjax.prune.replay", lambda given, plan: seen.append(given) or given.params)
+    monkeypatch.setattr("lmmjax.prune.replay.replay", lambda given, plan: seen.append(given) or given.params)
     drop = {**dict.fromkeys(LINEARS, 0), "v": 2}
     pruned = answer.compress(stored, uniform(model.config.text, drop=drop))
     assert seen[0].plan is None

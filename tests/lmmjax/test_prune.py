@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small import CONFIG, encoded
 
-from lmmjax import calibrate, llava, prune
+from lmmjax import calibrate, llava
 from lmmjax.config import LINEARS
 from lmmjax.errors import InputError
 from lmmjax.plan import uniform
+from lmmjax.prune import masks, transform
+from lmmjax.prune.scores import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def params():
 @given(score=hnp.arrays(np.float32, (12, 5), elements=st.sampled_from([0.0, 1.0, 2.0])), count=st.integers(0, 12))
 @settings(deadline=None)
 def test_ties_do_not_overshoot(score, count):
-    keep = np.asarray(prune.drop_lowest(prune.rank(jnp.asarray(score)), count))
+    keep = np.asarray(masks.drop_lowest(masks.rank(jnp.asarray(score)), count))
     np.testing.assert_array_equal((~keep).sum(0), count)
     for column in range(5):
         dropped, kept = score[~keep[:, column], column], score[keep[:, column], column]
@@ -33,7 +35,7 @@ def test_ties_do_not_overshoot(score, count):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 6), (12, 12)])
 def test_n_of_m_keeps_the_highest_of_each_block(n, m):
     score = np.random.default_rng(2).standard_normal((24, 7)).astype(np.float32)
-    keep = np.asarray(prune.keep_n_of_m(jnp.asarray(score), n, m)).reshape(24 // m, m, 7)
+    keep = np.asarray(masks.keep_n_of_m(jnp.asarray(score), n, m)).reshape(24 // m, m, 7)
     np.testing.assert_array_equal(keep.sum(1), n)
     blocks = score.reshape(24 // m, m, 7)
     assert (np.where(keep, blocks, np.inf).min(1) >= np.where(keep, -np.inf, blocks).max(1)).all()
@@ -42,7 +44,7 @@ def test_n_of_m_keeps_the_highest_of_each_block(n, m):
 @pytest.mark.parametrize(("n", "m"), [(3, 2), (2, 5), (0, 4)])
 def test_impossible_patterns_are_refused(n, m):
     with pytest.raises(InputError, match=f"got {n}:{m} for 12 inputs"):
-        prune.keep_n_of_m(jnp.ones((12, 2)), n, m)
+        masks.keep_n_of_m(jnp.ones((12, 2)), n, m)
 
 
 def test_statistics_equal_a_forward_pass_by_hand(params):
@@ -74,14 +76,14 @@ def test_an_unknown_token_choice_is_refused(params):
 
 
 def half(index, name, score):
-    return prune.drop_lowest(prune.rank(score), score.shape[0] // 2)
+    return masks.drop_lowest(masks.rank(score), score.shape[0] // 2)
 
 
 def test_pruning_is_exact_and_touches_nothing_else(params):
     def only_first_q(index, name, score):
         return half(index, name, score) if (index, name) == (0, "q") else None
 
-    pruned = prune.prune(CONFIG, params, encoded(4), "wanda", only_first_q)
+    pruned = transform.prune(CONFIG, params, encoded(4), "wanda", only_first_q)
     before, after = dict(jax.tree.leaves_with_path(params)), dict(jax.tree.leaves_with_path(pruned))
     changed = [jax.tree_util.keystr(path) for path in before if before[path] is not after[path]]
     assert changed == ["['text']['layers_0']['attn']['q']['kernel']"]
@@ -94,8 +96,8 @@ def test_pruning_is_exact_and_touches_nothing_else(params):
 def test_sequential_statistics_see_the_pruned_prefix(params):
     """One-shot and sequential agree on the first layer's attention and part ways behind the first mask."""
     samples = encoded(6)
-    one_shot = prune.prune(CONFIG, params, samples, "wanda", half, sequential=False)
-    sequential = prune.prune(CONFIG, params, samples, "wanda", half)
+    one_shot = transform.prune(CONFIG, params, samples, "wanda", half, sequential=False)
+    sequential = transform.prune(CONFIG, params, samples, "wanda", half)
     first, last = (f"layers_{i}" for i in (0, CONFIG.text.layers - 1))
 
     def same(layer):
@@ -106,18 +108,18 @@ def test_sequential_statistics_see_the_pruned_prefix(params):
     assert not same(last)
     prefix = params | {"text": sequential["text"] | {last: params["text"][last]}}
     stats = calibrate.statistics(CONFIG, prefix, samples)[-1]
-    score = prune.SCORES["wanda"].rule(params["text"][last]["mlp"]["down"]["kernel"], stats["down"])
+    score = SCORES["wanda"].rule(params["text"][last]["mlp"]["down"]["kernel"], stats["down"])
     expected = np.where(half(0, "down", score), params["text"][last]["mlp"]["down"]["kernel"], 0)
     np.testing.assert_array_equal(sequential["text"][last]["mlp"]["down"]["kernel"], expected)
 
 
 def test_a_plan_and_its_traced_form_prune_alike(params):
-    ranks = prune.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(4)), "lognorm")
-    drop = prune.uniform_drop(CONFIG, 0.3) | {"gate": 0}
+    ranks = transform.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(4)), "lognorm")
+    drop = transform.uniform_drop(CONFIG, 0.3) | {"gate": 0}
     plan = uniform(CONFIG.text, drop=drop)
-    applied = prune.apply_plan(CONFIG, params, ranks, plan)
+    applied = transform.apply_plan(CONFIG, params, ranks, plan)
     drops = jnp.asarray([[layer.drop[name] for name in LINEARS] for layer in plan.layers])
-    traced = jax.jit(prune.masked)(params, ranks, drops)
+    traced = jax.jit(transform.masked)(params, ranks, drops)
     jax.tree.map(np.testing.assert_array_equal, applied, traced)
     assert applied["text"]["layers_1"]["mlp"]["gate"]["kernel"] is params["text"]["layers_1"]["mlp"]["gate"]["kernel"]
     kernel = applied["text"]["layers_0"]["mlp"]["down"]["kernel"]

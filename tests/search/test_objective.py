@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from small import CONFIG, encoded
 
-from lmmjax import calibrate, likelihood, llava, prune
+from lmmjax import calibrate, likelihood, llava
 from lmmjax.cache import empty_cache
 from lmmjax.plan import CacheFormat
+from lmmjax.prune import transform
 from lmmjax.prune.budget import WeightBudget
 from search import objective
 from search.cache_budget import CacheBudget
@@ -29,7 +30,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def ranks(params):
-    return prune.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(8, seed=1)), "lognorm")
+    return transform.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(8, seed=1)), "lognorm")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_a_candidate_is_judged_as_its_checkpoint_behaves(params, ranks, space, f
     result = Evaluator(CONFIG, params, ranks, form, data, batch=4)(candidate)
     plan = candidate.plan(cache=form)
     reference = predictions(params, dense(LAYERS).plan(cache=form), data)
-    predicted = predictions(prune.apply_plan(CONFIG, params, ranks, plan), plan, data)
+    predicted = predictions(transform.apply_plan(CONFIG, params, ranks, plan), plan, data)
     for row in range(6):
         at = np.flatnonzero(data.is_answer[row])
         targets = data.tokens[row, at]

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from lmmjax.calibrate.statistics import LinearStatistics
 from lmmjax.errors import InputError
-from lmmjax.prune import SCORES, drop_lowest, rank
+from lmmjax.prune.masks import drop_lowest, rank
+from lmmjax.prune.scores import SCORES
 
 
 def scored(name, w, x_sq, g=None):

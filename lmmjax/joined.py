@@ -4,6 +4,7 @@ For a model that only runs: all that prunes, packs or measures looks for each li
 """
 
 import jax
+from jax.core import Tracer
 
 from kernels.weights import Matrix
 from kernels.weights.join import joined
@@ -15,7 +16,10 @@ TOGETHER = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
 def join_linears(text: TextConfig, params: Params) -> Params:
-    """Returns params in which q, k and v, and gate and up, are one linear where they are packed alike."""
+    """Returns params in which q, k and v, and gate and up, are one linear where they are packed alike.
+
+    Consumes what it joins, layer by layer: a device that just holds the model has no room for it twice.
+    """
     layers = {f"layers_{index}": _joined(params["text"][f"layers_{index}"]) for index in range(text.layers)}
     return params | {"text": params["text"] | layers}
 
@@ -26,9 +30,16 @@ def _joined(layer: Params) -> Params:
         if not all(isinstance(kernel, Matrix) for kernel in kernels):
             continue
         if (kernel := _join(kernels)) is not None:
+            _free(kernels)
             others = {name: leaf for name, leaf in layer[part].items() if name not in names}
             layer = layer | {part: others | {"_".join(names): {"kernel": kernel}}}
     return layer
+
+
+def _free(kernels: list[Matrix]) -> None:
+    for array in jax.tree.leaves(kernels):
+        if not isinstance(array, Tracer):  # only shapes are asked for, which hold nothing
+            array.delete()
 
 
 _join = jax.jit(joined)

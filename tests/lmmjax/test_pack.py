@@ -132,6 +132,8 @@ def test_linears_that_are_packed_in_unlike_ways_stay_apart(checkpoint, tmp_path)
     found = join_linears(stored.config.text, params)["text"]["layers_0"]
     assert found["attn"] is mixed["attn"]
     assert set(found["mlp"]) == {"gate_up", "down"}
+    assert layer["mlp"]["up"]["kernel"].values.is_deleted()  # not held twice
+    assert not layer["attn"]["q"]["kernel"].values.is_deleted()
 
 
 def test_an_outline_has_the_shapes_of_what_is_loaded(pruned, tmp_path):

@@ -2,10 +2,13 @@
 
 Random bfloat16 weights of LLaVA-1.5 7B's decoder in two depths: if a layer at a time is held, the peak does not grow
 with the file, and with all 32 layers it is the same. Hidden states grow with the samples, and are said beside it.
-Peaks are those of the command's own process, with float32 arithmetic on a CPU.
+Peaks are those of the command's own process, with float32 arithmetic on a CPU. Every figure is written as soon as it is
+there; run again, the benchmark goes on where it stopped.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import random
 import sys
@@ -19,11 +22,12 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from benchmarks import machine
+from benchmarks import judged, machine
 from benchmarks.convert import timed
 from lmmjax import checkpoint, llava
 from lmmjax.checkpoint import EMBEDDED, carried_files
 from lmmjax.config import LlavaConfig, from_hf
+from lmmjax.errors import exit_code
 
 SHAPE = {
     "hidden_size": 4096,
@@ -35,31 +39,30 @@ SHAPE = {
     "vocab_size": 32064,
 }
 METHODS = {"wanda": ("--method", "wanda", "--light"), "sparsegpt": ("--method", "sparsegpt")}
-FULL = 128 * 2048
-"""Tokens that published pruners calibrate on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    rows = []
-    for layers in args.layers:
-        with tempfile.TemporaryDirectory(dir=args.scratch) as place:
-            for method in args.methods:
-                rows.append({"layers": layers, "method": method, **measure(layers, method, Path(place), args)})
-                print(json.dumps(rows[-1]), flush=True)
-    tokens = args.windows * args.length
-    figures = {
-        "rows": rows,
-        "tokens": tokens,
-        "hidden_gigabytes_of_262144_tokens": FULL * SHAPE["hidden_size"] * 4 / 1e9,
-    }
-    print(machine.save(args.name, figures))
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what is missing in benchmarks/results/NAME.json, a row a method and depth; returns 0."""
+    path, settings = machine.RESULTS / f"{args.name}.json", {"windows": args.windows, "length": args.length}
+    found = judged.found_in(path, settings, "rows")
+    done = {(row["layers"], row["method"]) for row in found}
+    missing = [case for case in itertools.product(args.layers, args.methods) if case not in done]
+    with tempfile.TemporaryDirectory(dir=args.scratch) as place:
+        row = functools.partial(measure, Path(place), args)
+        judged.measure(path, settings, "rows", found, missing, row, json.dumps)
+    print(path)
     return 0
 
 
-def measure(layers: int, method: str, place: Path, args: argparse.Namespace) -> dict[str, float]:
+def measure(place: Path, args: argparse.Namespace, case: tuple[int, str]) -> dict[str, Any]:
     """Returns the checkpoint's size, and peak memory and seconds of pruning it to a half."""
-    model, text = place / "model", place / "text.txt"
+    layers, method = case
+    model, text = place / f"model-{layers}", place / "text.txt"
     if not model.exists():
         write_random(layers, model)
         words = random.Random(0).choices(
@@ -69,7 +72,8 @@ def measure(layers: int, method: str, place: Path, args: argparse.Namespace) -> 
     size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
     words = ["--model", str(model), "--text", str(text), "--windows", str(args.windows), "--length", str(args.length)]
     words += ["--sparsity", "0.5", "--statistics", str(place / "statistics"), *METHODS[method]]
-    return {"gigabytes": size / 1e9, **timed("lmmjax.prune", *words, str(place / method))}
+    taken = timed("lmmjax.prune", *words, str(place / f"{method}-{layers}"))
+    return {"layers": layers, "method": method, "gigabytes": size / 1e9, **taken}
 
 
 def write_random(layers: int, target: Path) -> None:
@@ -95,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--layers", type=int, nargs="+", default=[2, 4], metavar="N")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    add("--windows", type=int, default=4, help="of text to calibrate on (default: %(default)s)")
-    add("--length", type=int, default=512, help="tokens a window (default: %(default)s)")
+    add("--windows", type=int, default=1, help="of text to calibrate on (default: %(default)s)")
+    add("--length", type=int, default=2048, help="tokens a window (default: %(default)s)")
     add("--scratch", type=Path, metavar="DIR", help="where some 10 GB are written (default: the system's)")
     add("--name", default="prune-memory", help="of the file in benchmarks/results")
     return parser

@@ -12,17 +12,43 @@ Measures = Sequence[tuple[str, str]]
 LEGEND = """Every score of `python -m lmmjax.prune` alone and with the weights that stay updated, uniform over all
 linears; *own mask* is the update that chooses by itself. Then allocations of the same exact sparsity over layers, by
 the score lognorm, without an update. Statistics are one-shot, those of the dense model, so that all methods of a seed
-rest on the same; a seed draws what is calibrated on. *-*: not measured.
+rest on the same; a seed draws what is calibrated on. ecoflap's losses are taken of 16 questions, whatever the
+statistics are of. *-*: not measured.
 """
 RIGHT, TEXT = ("right", "easy-VQA, right"), ("ppl", "perplexity")
 KL = ("kl", "easy-VQA, KL")
 """What stands in for perplexity where there is no text: nats an answer token from the dense model's predictions."""
 
 
+WIDTH = 4096
+"""Of LLaVA-1.5 7B's hidden states."""
+MEMORY = """Decoders of LLaVA-1.5 7B's width in two depths, random weights in bfloat16, pruned to a half by commands of
+their own: a layer at a time is held, in float32, so the peak does not grow with the file. Hidden states do with the
+samples.
+"""
+
+
 def page(name: str, found: Mapping[str, Any]) -> str:
     """Returns both tables of a file of `benchmarks.prune_quality`, and what they rest on."""
     cells, measures = found["cells"], (RIGHT, TEXT if found["settings"]["text"] else KL)
     return "\n".join([_updates(cells, measures), _allocations(cells, measures), _small_print(name, found)])
+
+
+def memory(name: str, found: Mapping[str, Any]) -> str:
+    """Returns the table of a file of `benchmarks.prune_memory`, and what it rests on."""
+    head = ["method", "layers", "checkpoint", "peak"]
+    rows = sorted(found["rows"], key=lambda row: (row["method"], row["layers"]))
+    lines = [
+        [row["method"], str(row["layers"]), f"{row['gigabytes']:.1f} GB", f"{row['peak_gigabytes']:.1f} GB"]
+        for row in rows
+    ]
+    about, settings = found["about"], found["settings"]
+    rests = [
+        f"Calibrated on {settings['windows']} x {settings['length']} tokens; of the 128 x 2,048 that published pruners"
+        f" take, hidden states are {128 * 2048 * WIDTH * 4 / 1e9:.1f} GB in float32.",
+        f"{tables.machine(about)}; `{about['command']}`; {tables.source(name)}.\n",
+    ]
+    return f"{tables.table(head, lines)}\n{' '.join(rests)}"
 
 
 def _updates(cells: Sequence[Row], measures: Measures) -> str:

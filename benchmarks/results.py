@@ -53,6 +53,9 @@ def page(folder: Path) -> str:
     parts += [
         f"### {found['settings']['model']}, methods\n\n{prune_table.page(name, found)}" for name, found in methods
     ]
+    held = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("prune-memory*.json"))]
+    parts += [f"### Memory\n\n{prune_table.MEMORY}"] if held else []
+    parts += [prune_table.memory(name, found) for name, found in held]
     formats = [json.loads(path.read_text()) for path in sorted(folder.glob("kv-quality-*.json"))]
     parts += [f"## KV cache formats\n\n{kv_table.LEGEND}"] if formats else []
     parts += [f"### {found['settings']['model']}, formats\n\n{kv_table.page(found)}\n" for found in formats]

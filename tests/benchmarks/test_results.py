@@ -58,3 +58,22 @@ def test_without_text_there_is_no_perplexity(tmp_path):
     page = results.page(tmp_path).removeprefix(results.INTRODUCTION)
     assert "perplexity |" not in page
     assert "No perplexity" in page
+
+
+def test_memory_is_a_row_a_method_and_depth(tmp_path):
+    def row(layers: int, method: str, peak: float) -> dict:
+        return {"layers": layers, "method": method, "gigabytes": layers / 2, "peak_gigabytes": peak, "seconds": 9.6}
+
+    about = {"cpu": "Abacus", "cores_used": 2, "device": "cpu", "date": "2030-01-02T03", "command": "c", "versions": {}}
+    rows = [row(4, "wanda", 6.04), row(2, "wanda", 5.96), row(2, "sparsegpt", 7)]
+    found = {"about": about, "rows": rows, "settings": {"windows": 4, "length": 512}}
+    (tmp_path / "prune-memory.json").write_text(json.dumps(found))
+    page = results.page(tmp_path)
+    shown = [line for line in page.splitlines() if line.startswith(("| wanda", "| sparsegpt"))]
+    assert shown == [
+        "| sparsegpt | 2 | 1.0 GB | 7.0 GB |",
+        "| wanda | 2 | 1.0 GB | 6.0 GB |",
+        "| wanda | 4 | 2.0 GB | 6.0 GB |",
+    ]
+    assert "Calibrated on 4 x 512 tokens" in page
+    assert "hidden states are 4.3 GB" in page

@@ -28,6 +28,11 @@ samples.
 """
 
 
+SPEED = """One linear from its Gram matrix to its pruned weights, float32, by turns with torch implementations written
+to the papers: medians, each linear alone, though SparseGPT and ADMM share work among linears of the same inputs.
+"""
+
+
 def page(name: str, found: Mapping[str, Any]) -> str:
     """Returns both tables of a file of `benchmarks.prune_quality`, and what they rest on."""
     cells, measures = found["cells"], (RIGHT, TEXT if found["settings"]["text"] else KL)
@@ -49,6 +54,26 @@ def memory(name: str, found: Mapping[str, Any]) -> str:
         f"{tables.machine(about)}; `{about['command']}`; {tables.source(name)}.\n",
     ]
     return f"{tables.table(head, lines)}\n{' '.join(rests)}"
+
+
+def speed(name: str, found: Mapping[str, Any]) -> str:
+    """Returns the table of a file of `benchmarks.prune`, and what it rests on."""
+    linears = {row["linear"]: row["shape"] for row in found["rows"]}
+    head = ["torch's time / ours", *(f"{linear} {inputs} x {outputs}" for linear, (inputs, outputs) in linears.items())]
+    ways = dict.fromkeys((row["method"], row["pattern"]) for row in found["rows"])
+    lines = [[" ".join(filter(None, way)), *(_ratio(found["rows"], way, linear) for linear in linears)] for way in ways]
+    about, least = found["about"], min(row["same_mask"] for row in found["rows"])
+    rests = f"The same weights go on both sides, for {100 * least:.2f}% of them at least. {tables.machine(about)}"
+    return f"{tables.table(head, lines)}\n{rests}; `{about['command']}`; {tables.source(name)}.\n"
+
+
+def _ratio(rows: Sequence[Row], way: tuple[str, str | None], linear: str) -> str:
+    """Returns how many times as fast ours is, and our median; "-" where it was not measured."""
+    for row in rows:
+        if (row["method"], row["pattern"], row["linear"]) == (*way, linear):
+            ms = 1e3 * row["lmmjax"]["seconds"]["median"]
+            return f"{row['speedup']:.1f}x ({ms:.{0 if ms >= 100 else 1}f} ms)"
+    return "-"
 
 
 def _updates(cells: Sequence[Row], measures: Measures) -> str:

@@ -45,30 +45,38 @@ def write() -> int:
 
 
 def page(folder: Path) -> str:
-    """Returns the whole page of a folder's quality-*.json."""
-    parts = [INTRODUCTION]
-    parts += [_model(path, json.loads(path.read_text())) for path in sorted(folder.glob("quality-*.json"))]
-    methods = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("prune-quality-*.json"))]
+    """Returns the whole page of a folder's figures."""
+    parts = [INTRODUCTION, *(_model(name, found) for name, found in _found(folder, "quality-*.json"))]
+    methods = _found(folder, "prune-quality-*.json")
     parts += [f"## Pruning methods\n\n{prune_table.LEGEND}"] if methods else []
     parts += [
         f"### {found['settings']['model']}, methods\n\n{prune_table.page(name, found)}" for name, found in methods
     ]
-    held = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("prune-memory*.json"))]
+    raced = _found(folder, "prune-smol-*.json", "prune-7b-*.json")
+    parts += [f"### Speed of pruning\n\n{prune_table.SPEED}"] if raced else []
+    parts += [prune_table.speed(name, found) for name, found in raced]
+    held = _found(folder, "prune-memory*.json")
     parts += [f"### Memory\n\n{prune_table.MEMORY}"] if held else []
     parts += [prune_table.memory(name, found) for name, found in held]
-    formats = [json.loads(path.read_text()) for path in sorted(folder.glob("kv-quality-*.json"))]
+    formats = _found(folder, "kv-quality-*.json")
     parts += [f"## KV cache formats\n\n{kv_table.LEGEND}"] if formats else []
-    parts += [f"### {found['settings']['model']}, formats\n\n{kv_table.page(found)}\n" for found in formats]
-    packed = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("weights-cpu*.json"))]
+    parts += [f"### {found['settings']['model']}, formats\n\n{kv_table.page(found)}\n" for _, found in formats]
+    packed = _found(folder, "weights-cpu*.json")
     parts += [f"## Packed weights\n\n{weights_table.LEGEND}"] if packed else []
     parts += [weights_table.page(name, found) for name, found in packed]
     parts += [on_gpus] if (on_gpus := gpu_table.page(folder)) else []
     return "\n".join(parts)
 
 
-def _model(path: Path, found: Mapping[str, Any]) -> str:
+def _found(folder: Path, *patterns: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns files of figures and their names."""
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [(path.name, json.loads(path.read_text())) for path in paths]
+
+
+def _model(name: str, found: Mapping[str, Any]) -> str:
     tables = (_table(axis, found) for axis in AXES if any(row["axis"] == axis for row in found["cells"]))
-    return "\n".join([f"## {found['settings']['model']}\n", *tables, _small_print(path, found)])
+    return "\n".join([f"## {found['settings']['model']}\n", *tables, _small_print(name, found)])
 
 
 def _table(axis: str, found: Mapping[str, Any]) -> str:
@@ -98,13 +106,13 @@ def _figures(rows: Sequence[Mapping[str, Any]], has_text: bool) -> list[str]:
     return shares + losses + ([spread([row["ppl"] for row in rows], ".2f")] if has_text else [])
 
 
-def _small_print(path: Path, found: Mapping[str, Any]) -> str:
+def _small_print(name: str, found: Mapping[str, Any]) -> str:
     """Returns what the tables' figures rest on."""
     chosen, about = found["settings"], found["about"]
     return (
         f"{interval(chosen['samples'])} {chosen['calibration']} questions for calibration, {chosen['search']} for a"
         f" trial, {chosen['trials']} trials a search. {text(chosen['text'])} {machine(about)}; `{about['command']}`;"
-        f" {source(path.name)}.\n"
+        f" {source(name)}.\n"
     )
 
 

@@ -77,3 +77,20 @@ def test_memory_is_a_row_a_method_and_depth(tmp_path):
     ]
     assert "Calibrated on 4 x 512 tokens" in page
     assert "hidden states are 4.3 GB" in page
+
+
+def test_speed_is_a_row_a_method_and_a_column_a_linear(tmp_path):
+    def row(linear: str, method: str, pattern: str | None, speedup: float) -> dict:
+        seconds = {"seconds": {"median": 0.0123}}
+        shape = {"q": [8, 8], "down": [16, 8]}[linear]
+        names = {"linear": linear, "method": method, "pattern": pattern, "shape": shape}
+        return {**names, "lmmjax": seconds, "speedup": speedup, "same_mask": 0.99994}
+
+    about = {"cpu": "Abacus", "cores_used": 1, "device": "cpu", "date": "2030-01-02T03", "command": "c", "versions": {}}
+    rows = [row("q", "wanda", None, 5.04), row("q", "admm", "2:4", 0.96), row("down", "wanda", None, 2)]
+    (tmp_path / "prune-smol-cpu.json").write_text(json.dumps({"about": about, "rows": rows}))
+    page = results.page(tmp_path)
+    assert "| torch's time / ours | q 8 x 8 | down 16 x 8 |" in page
+    assert "| wanda | 5.0x (12.3 ms) | 2.0x (12.3 ms) |" in page
+    assert "| admm 2:4 | 1.0x (12.3 ms) | - |" in page
+    assert "99.99% of them at least" in page

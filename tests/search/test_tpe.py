@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 
 from lmmjax import checkpoint as checkpoints
-from lmmjax import generate, prune
+from lmmjax import generate
 from lmmjax.cache import cache_bytes
 from lmmjax.checkpoint import load
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.data import Sample
 from lmmjax.plan import CacheFormat, Plan
+from lmmjax.prune.replay import replay
+from lmmjax.prune.scores import SCORES
 from search import objective, output, problem, report, session, settings, storage, tpe
 from search.cache_budget import CacheBudget
 
@@ -79,7 +81,7 @@ def test_the_checkpoint_holds_the_zeros_and_the_plan(searched, checkpoint):
 
 
 def test_the_plan_can_be_replayed_on_the_dense_model(searched, checkpoint):
-    replayed = prune.replay(load(checkpoint), Plan.load(searched / "plan.json"))
+    replayed = replay(load(checkpoint), Plan.load(searched / "plan.json"))
     compressed = load(searched / "checkpoint").params
     for index in range(2):
         kernel = f"layers_{index}"
@@ -273,7 +275,7 @@ def test_help_and_mistyped_flags_import_nothing_heavy():
 
 def test_choices_are_what_there_is():
     assert tuple(objective.OBJECTIVES) == settings.OBJECTIVES
-    assert set(settings.SCORES) == {name for name, score in prune.SCORES.items() if not score.gradients}
+    assert set(settings.SCORES) == {name for name, score in SCORES.items() if not score.gradients}
 
 
 def test_a_foreign_package_named_kernels_is_said_in_one_line(tmp_path):

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(place: Path, args: argparse.Namespace, case: tuple[int, str]) -> dict[str, Any]:
-    """Returns the checkpoint's size, and peak memory and seconds of pruning it to a half."""
+    """Returns the checkpoint's size, and the peak memory of pruning it to a half."""
     layers, method = case
     model, text = place / f"model-{layers}", place / "text.txt"
     if not model.exists():
@@ -72,8 +72,8 @@ def measure(place: Path, args: argparse.Namespace, case: tuple[int, str]) -> dic
     size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
     words = ["--model", str(model), "--text", str(text), "--windows", str(args.windows), "--length", str(args.length)]
     words += ["--sparsity", "0.5", "--statistics", str(place / "statistics"), *METHODS[method]]
-    taken = timed("lmmjax.prune", *words, str(place / f"{method}-{layers}"))
-    return {"layers": layers, "method": method, "gigabytes": size / 1e9, **taken}
+    peak = timed("lmmjax.prune", *words, str(place / f"{method}-{layers}"))["peak_gigabytes"]
+    return {"layers": layers, "method": method, "gigabytes": size / 1e9, "peak_gigabytes": peak}
 
 
 def write_random(layers: int, target: Path) -> None:

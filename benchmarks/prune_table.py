@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import tables
+from benchmarks.prune_memory import SHAPE
 from lmmjax.prune.allocations import ALLOCATIONS
 from lmmjax.prune.updates import UPDATES
 
@@ -19,15 +20,10 @@ RIGHT, TEXT = ("right", "easy-VQA, right"), ("ppl", "perplexity")
 KL = ("kl", "easy-VQA, KL")
 """What stands in for perplexity where there is no text: nats an answer token from the dense model's predictions."""
 
-
-WIDTH = 4096
-"""Of LLaVA-1.5 7B's hidden states."""
 MEMORY = """Decoders of LLaVA-1.5 7B's width in two depths, random weights in bfloat16, pruned to a half by commands of
 their own: a layer at a time is held, in float32, so the peak does not grow with the file. Hidden states do with the
 samples.
 """
-
-
 SPEED = """One linear from its Gram matrix to its pruned weights, float32, by turns with torch implementations written
 to the papers: medians, each linear alone, though SparseGPT and ADMM share work among linears of the same inputs.
 """
@@ -50,7 +46,7 @@ def memory(name: str, found: Mapping[str, Any]) -> str:
     about, settings = found["about"], found["settings"]
     rests = [
         f"Calibrated on {settings['windows']} x {settings['length']} tokens; of the 128 x 2,048 that published pruners"
-        f" take, hidden states are {128 * 2048 * WIDTH * 4 / 1e9:.1f} GB in float32.",
+        f" take, hidden states are {128 * 2048 * SHAPE['hidden_size'] * 4 / 1e9:.1f} GB in float32.",
         f"{tables.machine(about)}; `{about['command']}`; {tables.source(name)}.\n",
     ]
     return f"{tables.table(head, lines)}\n{' '.join(rests)}"

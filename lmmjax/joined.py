@@ -3,16 +3,18 @@
 For a model that only runs: all that prunes, packs or measures looks for each linear under its own name.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.core import Tracer
 
 from kernels.weights import Matrix
 from kernels.weights.join import joined
 from lmmjax.config import TextConfig
+from lmmjax.layers import joint
+from lmmjax.linears import SHARED, kernel_of, part_of
 from lmmjax.llava import Params
-
-TOGETHER = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}
-"""Linears of the same activations, by the part of a layer; as `layers.linears` names them."""
 
 
 def join_linears(text: TextConfig, params: Params) -> Params:
@@ -25,18 +27,18 @@ def join_linears(text: TextConfig, params: Params) -> Params:
 
 
 def _joined(layer: Params) -> Params:
-    for part, names in TOGETHER.items():
-        kernels = [layer[part][name]["kernel"] for name in names]
-        if not all(isinstance(kernel, Matrix) for kernel in kernels):
+    for first, names in SHARED.items():
+        kernels, part = [kernel_of(layer, name) for name in names], part_of(first)
+        if len(names) == 1 or not all(isinstance(kernel, Matrix) for kernel in kernels):
             continue
         if (kernel := _join(kernels)) is not None:
             _free(kernels)
             others = {name: leaf for name, leaf in layer[part].items() if name not in names}
-            layer = layer | {part: others | {"_".join(names): {"kernel": kernel}}}
+            layer = layer | {part: others | {joint(names): {"kernel": kernel}}}
     return layer
 
 
-def _free(kernels: list[Matrix]) -> None:
+def _free(kernels: Sequence[Any]) -> None:
     for array in jax.tree.leaves(kernels):
         if not isinstance(array, Tracer):  # only shapes are asked for, which hold nothing
             array.delete()

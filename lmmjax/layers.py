@@ -1,7 +1,7 @@
 """The building blocks that the parts of the model share: Linear, RMSNorm and the activations."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,16 +44,21 @@ class Linear(nn.Module):
         return y
 
 
+def joint(names: Iterable[str]) -> str:
+    """Returns the name of linears that were joined, such as q_k_v."""
+    return "_".join(names)
+
+
 def linears(module: nn.Module, x: Float[Array, "*batch in"], **features: int) -> Sequence[Float[Array, "*batch out"]]:
     """Returns a Linear's outputs for each name, all of the same x: a single product where the params hold them joined.
 
-    Joined they are a linear whose name is theirs with `_` between: q_k_v; see `lmmjax.joined`.
+    Joined they are a linear of their `joint` name; see `lmmjax.joined`.
     """
-    joint = "_".join(features)
-    if not module.has_variable("params", joint):
+    name_of_all = joint(features)
+    if not module.has_variable("params", name_of_all):
         return [Linear(count, name=name)(x) for name, count in features.items()]
     *ends, total = itertools.accumulate(features.values())
-    return jnp.split(Linear(total, name=joint)(x), ends, axis=-1)
+    return jnp.split(Linear(total, name=name_of_all)(x), ends, axis=-1)
 
 
 class RMSNorm(nn.Module):

@@ -9,6 +9,8 @@ from lmmjax.llava import Params
 
 SUBLAYERS = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 """The linears of each part of a layer's tree; one after the other in the order of LINEARS."""
+SHARED = {"q": ("q", "k", "v"), "o": ("o",), "gate": ("gate", "up"), "down": ("down",)}
+"""The linears that are fed the same, by the first of each: a layer has four inputs and seven linears."""
 
 
 def named(row: Iterable[int]) -> dict[str, int]:
@@ -18,7 +20,7 @@ def named(row: Iterable[int]) -> dict[str, int]:
 
 def kernel_of(layer: Params, linear: str) -> Float[Array, "in out"]:
     """Returns a linear's weights."""
-    return layer[_part(linear)][linear]["kernel"]
+    return layer[part_of(linear)][linear]["kernel"]
 
 
 def kernels_of(layer: Params) -> dict[str, Float[Array, "in out"]]:
@@ -29,15 +31,16 @@ def kernels_of(layer: Params) -> dict[str, Float[Array, "in out"]]:
 def with_kernels(layer: Params, kernels: Mapping[str, Float[Array, "in out"]]) -> Params:
     """Returns the layer with these kernels; all that is not on the way to one of them stays the same object."""
     for name, kernel in kernels.items():
-        part = _part(name)
+        part = part_of(name)
         layer = layer | {part: layer[part] | {name: layer[part][name] | {"kernel": kernel}}}
     return layer
 
 
 def path_of(index: int, linear: str) -> str:
     """Returns the dotted name of a linear's weights among all parameters."""
-    return f"text.layers_{index}.{_part(linear)}.{linear}.kernel"
+    return f"text.layers_{index}.{part_of(linear)}.{linear}.kernel"
 
 
-def _part(linear: str) -> str:
+def part_of(linear: str) -> str:
+    """Returns the part of a layer's tree that holds a linear."""
     return next(part for part, names in SUBLAYERS.items() if linear in names)

@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from kernels.rope import rotations
 from lmmjax.attention import PlainAttention, causal
-from lmmjax.calibrate.statistics import SHARED, LayerStatistics, LinearStatistics, Traits, spread
+from lmmjax.calibrate.statistics import LayerStatistics, LinearStatistics, Traits, spread
 from lmmjax.calibrate.tokens import Rows, choose, cosine, unit
 from lmmjax.config import TextConfig
 from lmmjax.layers import Linear
+from lmmjax.linears import SHARED
 from lmmjax.llava import Params
 from lmmjax.text import Attention, DecoderLayer
 

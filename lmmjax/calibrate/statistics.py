@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from lmmjax.linears import SHARED
+
 
 class LinearStatistics(struct.PyTreeNode):
     """One linear's inputs over the chosen tokens, in float32; what nobody asked for is None.
@@ -50,10 +52,6 @@ class LayerStatistics(struct.PyTreeNode):
     def without_grams(self) -> "LayerStatistics":
         """Returns the statistics without what takes most memory."""
         return self.replace(linears={name: one.replace(gram=None) for name, one in self.linears.items()})
-
-
-SHARED = {"q": ("q", "k", "v"), "o": ("o",), "gate": ("gate", "up"), "down": ("down",)}
-"""The linears that are fed the same, by the first of each: a layer has four inputs and seven linears."""
 
 
 def spread(fed: dict[str, LinearStatistics]) -> dict[str, LinearStatistics]:

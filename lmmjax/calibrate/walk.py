@@ -15,6 +15,7 @@ from lmmjax.calibrate.tokens import CHOICES, Rows
 from lmmjax.config import LlavaConfig, TextConfig
 from lmmjax.data import Encoded
 from lmmjax.errors import InputError
+from lmmjax.linears import SHARED
 from lmmjax.llava import Params
 
 TOKENS = 2048
@@ -49,12 +50,13 @@ def look(
             rows[index] = batch.replace(x=out)
     if total is None:
         raise InputError("calibration: got no samples, expected at least one")
-    if not all(bool(jnp.isfinite(fed).all()) for fed in total.fed.values()):
+    stats = total.statistics
+    if not all(bool(jnp.isfinite(stats[name].x_sq).all()) for name in SHARED):
         raise InputError(
             f"{where}: what its linears are fed is not finite; weights before them hold inf or NaN, or overflow"
             f" {rows[0].x.dtype}: convert the model with --dtype bfloat16 or float32"
         )
-    return total.statistics
+    return stats
 
 
 def move(text: TextConfig, layer: Params, rows: list[Rows]) -> None:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lmmjax.calibrate.statistics import SHARED, LayerStatistics, LinearStatistics
+from lmmjax.calibrate.statistics import LayerStatistics, LinearStatistics
 from lmmjax.errors import InputError
-from lmmjax.linears import kernel_of, with_kernels
+from lmmjax.linears import SHARED, kernel_of, with_kernels
 from lmmjax.llava import Params
 from lmmjax.prune.lowest import lowest
 from lmmjax.prune.masks import keep_n_of_m, zeroed

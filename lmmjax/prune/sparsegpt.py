@@ -138,6 +138,7 @@ def _pruned(
     inputs = len(weight)
     beyond = -inputs % levels[0][0]
     upper = jnp.eye(inputs + beyond).at[:inputs, :inputs].set(factor.upper)
+    # Of no worth while a mask is chosen, so that they go first.
     weights = jnp.where(factor.dead[:, None], 0, weight.astype(jnp.float32))
     weights, keep = (jnp.pad(x, ((0, beyond), (0, 0))) for x in (weights, keep))
     band = _eliminate(Band(weights, keep, jnp.zeros_like(weights)), upper, [*levels, (1, None)])

@@ -11,8 +11,9 @@ from small import CONFIG, encoded
 from lmmjax import calibrate, llava
 from lmmjax.calibrate import tokens, walk
 from lmmjax.calibrate.layer import collect, forward
-from lmmjax.calibrate.statistics import SHARED, from_arrays, to_arrays
+from lmmjax.calibrate.statistics import from_arrays, to_arrays
 from lmmjax.data import Encoded
+from lmmjax.linears import SHARED
 
 LINEARS_FED = sorted(name for names in SHARED.values() for name in names)
 

@@ -6,12 +6,15 @@ random matrices as do not fit the device's own cache; every figure is on disk be
 
 import argparse
 import contextlib
+import contextvars
+import dataclasses
 import functools
 import importlib
 import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +28,7 @@ from kernels.gpu.weights import matmul
 from kernels.gpu.weights.cases import CHECKED, FORMATS, LAYERS, Case
 from kernels.gpu.weights.layout import Arranged, Pairs
 from kernels.race import noise, timing
-from kernels.race.entrants import UNROLLED, sets
+from kernels.race.entrants import sets
 from kernels.race.standings import WRONG, figures
 from kernels.race.timing import Entrant, Error
 from lmmjax.errors import InputError, exit_code, first_line
@@ -35,6 +38,8 @@ PEER = "torch linear"
 """Whose times ours are compared with: bfloat16."""
 FLOORS = {"int8": 1.7, "int4 g128": 2.6, "2:4": 1.45, "2:4 int8": 2.3}
 """How many times as fast as the peer a layer's products should be with up to 8 rows."""
+TURNS = 7
+"""How often a program goes round its matrices once more: a launch from Python takes longer than a small product."""
 _TWO_OF_FOUR = (3, 5, 6, 9, 10, 12)
 
 
@@ -48,7 +53,7 @@ class Size(NamedTuple):
     seconds: float
 
 
-FULL = Size(LAYERS, 2**29, 2**31, 15, 0.005)
+FULL = Size(LAYERS, 2**28, 2**31, 15, 0.005)
 SMOKE = Size({"tiny": {"q": (256, 64, 1)}}, 2**10, 2**12, 2, 0.0)
 
 
@@ -90,17 +95,20 @@ def run(args: argparse.Namespace) -> int:
 
 def hold(job: Job, formats: Sequence[str], peers: Mapping[str, Any], size: Size, copy: float) -> dict[str, Any]:
     """Returns the figures of all that run a job, by turns, and the reason of each that does not."""
-    makers: dict[str, Callable[[], Entrant]] = {
-        name: functools.partial(make, job.shape, job.m, size.working_set) for name, make in peers.items()
-    }
-    for name in formats:
-        case = Case(FORMATS[name].kind, FORMATS[name].bits, FORMATS[name].group, job.shape, job.m)
-        makers[name] = functools.partial(ours, case, size.working_set)
-    made = {name: _attempt(make) for name, make in makers.items()}
+    made = {name: _attempt(functools.partial(make, job.shape, job.m, size.working_set)) for name, make in peers.items()}
+    cases = {name: dataclasses.replace(FORMATS[name], shape=job.shape, m=job.m) for name in formats}
+    made |= _made({name: functools.partial(ours, case, size.working_set) for name, case in cases.items()})
     able = {name: one for name, one in made.items() if not isinstance(one, str)}
     taken = timing.race(able, size.rounds, size.seconds)
     found = {name: figures(taken[name], one, copy) for name, one in able.items()}
     return found | {name: {"failed": one} for name, one in made.items() if isinstance(one, str)}
+
+
+def _made(makers: Mapping[str, Callable[[], Entrant]]) -> dict[str, Entrant | str]:
+    """Returns all that can run, or why not. Programs compile side by side: nothing is timed yet."""
+    with ThreadPoolExecutor() as pool:
+        making = {name: pool.submit(contextvars.copy_context().run, _attempt, make) for name, make in makers.items()}
+    return {name: one.result() for name, one in making.items()}
 
 
 def ours(case: Case, working_set: int) -> Entrant:
@@ -126,23 +134,23 @@ def plain(shape: tuple[int, int], m: int, working_set: int) -> Entrant:
 def chained(
     product: Callable[[Array, Any], Array], x: Array, matrices: Sequence[Any], exact: np.ndarray, nbytes: int
 ) -> Entrant:
-    """Returns an entrant that multiplies by one matrix after the other, in programs of a few products."""
+    """Returns an entrant that multiplies by one matrix after the other, again and again, in one program."""
 
     @jax.jit
-    def program(x: Array, batch: Sequence[Any]) -> list[Array]:
+    def program(x: Array, matrices: Sequence[Any]) -> tuple[Array, list[Array]]:
+        return jax.lax.fori_loop(0, TURNS, lambda _, last: turn(last[0], matrices), turn(x, matrices))
+
+    def turn(x: Array, matrices: Sequence[Any]) -> tuple[Array, list[Array]]:
         outs = []
-        for matrix in batch:
+        for matrix in matrices:
             # So that products run one after the other, as a model's do, and x is made ready for each. Nothing is added
             # to x to this end: that would be a launch more, as long as a small product.
             x, out = jax.lax.optimization_barrier((x, product(x, matrix)))
             outs.append(out)
-        return outs
+        return x, outs
 
-    step = min(UNROLLED, len(matrices))
-    batches = [tuple(matrices[i : i + step]) for i in range(0, len(matrices), step)]
-    error = Error.of(np.asarray(program(x, batches[0])[0][:, :CHECKED], np.float64), exact)
-    turns = itertools.cycle(batches)
-    return Entrant(lambda: program(x, next(turns)), jax.block_until_ready, step, nbytes, error)
+    error = Error.of(np.asarray(program(x, matrices)[1][0][:, :CHECKED], np.float64), exact)
+    return Entrant(lambda: program(x, matrices), jax.block_until_ready, (1 + TURNS) * len(matrices), nbytes, error)
 
 
 @functools.partial(jax.jit, static_argnames="case")

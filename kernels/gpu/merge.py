@@ -1,9 +1,13 @@
 """Attention of the parts of a sequence, and their merging by log-sum-exp."""
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+FEW = 4
+"""Parts that are taken one by one."""
 
 
 class Partials(NamedTuple):
@@ -23,7 +27,18 @@ def merge(parts: list[Partials]) -> Float[Array, "b k m d"]:
 
     Source: FlashDecoding; the sums are those of online softmax, arXiv:1805.02867.
     """
-    out, top, total = (jnp.concatenate(field, axis=2) for field in zip(*parts, strict=True))
-    weight = jnp.exp2(top - top.max(2, keepdims=True))
-    whole = jnp.sum(total * weight, axis=2)
-    return jnp.sum(out * weight[..., None], axis=2) / jnp.where(whole == 0, 1, whole)[..., None]
+    parts = [single for part in parts for single in _singles(part)]
+    top = functools.reduce(jnp.maximum, [part.top.max(2, keepdims=True) for part in parts])
+    # Part by part, not concatenated: that would be three launches more.
+    weights = [jnp.exp2(part.top - top) for part in parts]
+    whole = sum(jnp.sum(part.total * weight, axis=2) for part, weight in zip(parts, weights, strict=True))
+    out = sum(jnp.sum(part.out * weight[..., None], axis=2) for part, weight in zip(parts, weights, strict=True))
+    return out / jnp.where(whole == 0, 1, whole)[..., None]
+
+
+def _singles(part: Partials) -> list[Partials]:
+    """Returns a few parts one by one, for which no reduction is launched; many as they are."""
+    n = part.top.shape[2]
+    if n > FEW:
+        return [part]
+    return [Partials(*(field[:, :, i : i + 1] for field in part)) for i in range(n)]

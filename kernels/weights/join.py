@@ -5,18 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from kernels.gpu.weights.layout import Arranged
 from kernels.weights.formats import Bitmap, Matrix, Table
 
 
-def joined(matrices: Sequence[Matrix]) -> Matrix | None:
+def joined(matrices: Sequence[Matrix | Array]) -> Matrix | Array | None:
     """Returns the matrix whose outputs are those of all in order; None if they cannot be one.
 
-    They must be of one format, and not be filled up between their outputs. Nothing is computed: each output is bit for
-    bit what it was. Pure, and can be jitted.
+    They must be of one format, and not be filled up between their outputs. Nothing is computed: each weight is bit for
+    bit what it was. Pure, and can be jitted. Plain kernels (in, out) may be joined, too.
     """
     first = matrices[0]
+    if not any(isinstance(one, Matrix) for one in matrices):
+        alike = {(one.dtype, one.shape[0]) for one in matrices}
+        return jnp.concatenate(matrices, axis=1) if len(alike) == 1 else None
     if any(_nature(one) != _nature(first) for one in matrices) or isinstance(first, Table):
         return None
     if isinstance(first, Arranged):
@@ -37,14 +41,14 @@ def _nature(matrix: Matrix) -> tuple[Any, ...]:
     return jax.tree.structure(like), *(leaf.dtype for leaf in jax.tree.leaves(like))
 
 
-def _arrays(matrices: Sequence[Matrix], scales: int = 0) -> dict[str, jax.Array]:
+def _arrays(matrices: Sequence[Matrix], scales: int = 0) -> dict[str, Array]:
     """Returns the arrays that lie by output, one matrix's behind the other's; `scales` is the axis along which."""
     axes = {"values": 0, "mask": 0, "scales": scales}
     names = [name for name in axes if getattr(matrices[0], name, None) is not None]
     return {name: jnp.concatenate([getattr(one, name) for one in matrices], axes[name]) for name in names}
 
 
-def _starts(matrices: Sequence[Any]) -> jax.Array:
+def _starts(matrices: Sequence[Any]) -> Array:
     """Returns where a bitmap's rows begin, behind all that the matrices before it hold."""
     before, found = 0, []
     for one in matrices:

@@ -61,3 +61,10 @@ def test_what_is_unlike_stays_apart():
 
 def test_blocks_of_rows_that_are_filled_up_stay_apart():
     assert joined([arranged(matrix) for matrix in matrices(WeightFormat("dense", 8), (64, 60))]) is None
+
+
+def test_plain_kernels_lie_side_by_side():
+    first, second = jnp.ones((4, 2)), jnp.zeros((4, 3))
+    np.testing.assert_array_equal(joined([first, second]), jnp.concatenate([first, second], 1))
+    assert joined([first, second.astype(jnp.bfloat16)]) is None
+    assert joined([first, matrices(WeightFormat("dense", 8))[0]]) is None

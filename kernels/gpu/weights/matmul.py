@@ -8,6 +8,7 @@ from kernels.gpu.weights.arrange import why_not
 from kernels.gpu.weights.call import MOST, product
 from kernels.gpu.weights.layout import Arranged
 from kernels.gpu.weights.tiles import tiles_of
+from kernels.gpu.weights.vector import call as vector
 from kernels.weights.formats import Matrix
 
 
@@ -16,6 +17,8 @@ def run(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
     gpu = device.current()
     assert gpu is not None
     assert isinstance(matrix, Arranged)
+    if vector.unsupported(x, matrix) is None:
+        return vector.product(x, matrix, vector.turns_of(matrix, gpu), gpu.interpret)
     return product(x, matrix, tiles_of(matrix, gpu), gpu.interpret)
 
 

@@ -1,0 +1,72 @@
+"""A row of activations in fixed point: 16 bits of its largest number, as two bytes that integer products take.
+
+An input is `scale` * (256 * high + low), with a high byte from -128 and a low one from 0 on. Of each, at most 2^-16 of
+the largest is lost: where one of n inputs outweighs all others, 2^-16 * sqrt(n / 3) of the row's length.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int, Num
+
+from kernels.gpu.instructions import paired
+
+_TOP = 2.0**14
+"""What the largest power of two of a row becomes: no number needs more than 16 bits."""
+_ROUNDS = 1.5 * 2.0**23
+"""What is added to it is rounded to a whole number, which its lower bits are."""
+
+
+class Bytes(NamedTuple):
+    """High and low bytes of inputs, four in 32 bits."""
+
+    high: Int[Array, "n"]
+    low: Int[Array, "n"]
+
+
+def power(x: Sequence[Num[Array, "n"]]) -> Float[Array, ""]:
+    """Returns the power of two at or below a row's largest absolute value; 2^-100 at least."""
+    largest = jnp.abs(x[0])
+    for part in x[1:]:
+        largest = jnp.maximum(largest, jnp.abs(part))
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(jnp.max(largest), 2.0**-100), jnp.int32) & 0x7F800000
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def scale(power: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns what a whole number of fixed point is worth."""
+    return power * (1 / _TOP)
+
+
+def load(x_ref: Any, at: Int[Array, "n"]) -> Float[Array, "n"]:
+    """Returns inputs of a row in float32; 0 past its end."""
+    return plgpu.load(x_ref.at[at], mask=at < x_ref.shape[0], other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
+
+
+def whole(x: Float[Array, "n"], power: Float[Array, ""]) -> Int[Array, "n"]:
+    """Returns inputs in fixed point, in the lower 16 bits."""
+    return jax.lax.bitcast_convert_type(x * (_TOP / power) + _ROUNDS, jnp.int32)
+
+
+def bytes_of(x: list[Int[Array, "n"]], interpret: bool) -> Bytes:
+    """Returns the bytes of inputs: of two arrays, 16 bits for each two of them; of four, 32 bits for each four."""
+    body, dtype = (_of_two, jnp.int16) if len(x) == 2 else (_of_four, jnp.int32)
+    return Bytes(*paired(body, x, dtype, 2, interpret))
+
+
+def _of_two(m: Any, a: Any, a2: Any, b: Any, b2: Any) -> tuple[Any, Any]:
+    return _split(m, a, b, a2, b2)
+
+
+def _of_four(m: Any, a: Any, a2: Any, b: Any, b2: Any, c: Any, c2: Any, d: Any, d2: Any) -> tuple[Any, ...]:
+    (high, low), (high2, low2) = _split(m, a, b, c, d), _split(m, a2, b2, c2, d2)
+    return high, high2, low, low2
+
+
+def _split(m: Any, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any]:
+    """Returns the high and the low bytes of four inputs."""
+    ab, cd = m.choose(a, b, 0x5140), m.choose(c, d, 0x5140)
+    return m.choose(ab, cd, 0x7632), m.choose(ab, cd, 0x5410)

@@ -1,0 +1,163 @@
+"""Products of one row: interpreted and on GPUs against float64, what compiles, and the instructions they consist of."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sass
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.cases import relative_error
+from kernels.gpu import device
+from kernels.gpu.device import Device
+from kernels.gpu.instructions import paired
+from kernels.gpu.weights.arrange import arranged
+from kernels.gpu.weights.cases import CASES, FORMATS, LAYERS, Case, product64
+from kernels.gpu.weights.vector.call import PROGRAMS, ROWS, Turns, product, turns_of, unsupported
+
+H200 = Device((9, 0), 132, "NVIDIA H200")
+LIMIT = 3e-5
+"""Of 16-bit fixed point: 2^-16 / sqrt(3) times the largest input over the root of the mean square, and rounding."""
+ONE = {
+    **{name: dataclasses.replace(case, m=1) for name, case in CASES.items() if case.values == jnp.bfloat16},
+    "int8, several chunks": Case("dense", 8, None, (4500, 64)),
+    "int4, several chunks": Case("dense", 4, 128, (9000, 64)),
+    "int8, groups, several chunks": Case("dense", 8, 128, (4500, 64)),
+    "2:4 in int8, several chunks": Case("2:4", 8, None, (6000, 64)),
+    "2:4, several chunks": Case("2:4", 16, None, (6000, 64)),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_interpreted_equals_float64(name: str):
+    case = ONE[name]
+    matrix, x = case.matrix(), jnp.asarray(case.x())
+    out = product(x, arranged(matrix), Turns(8, 4, 3), interpret=True)
+    assert relative_error(np.asarray(out), product64(x, matrix)) <= LIMIT
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 1e30])
+@pytest.mark.parametrize("name", ["int8", "int4, groups of 64", "2:4 in int8", "2:4"])
+def test_x_of_any_size(name: str, scale: float):
+    case = ONE[name]
+    matrix, x = case.matrix(), jnp.asarray(case.x() * scale, jnp.bfloat16)
+    out = product(x, arranged(matrix), Turns(8, 4, 8), interpret=True)
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(np.asarray(out, np.float64), product64(x, matrix)) <= 2e-3
+
+
+def test_one_input_that_outweighs_all_others():
+    case = ONE["int8"]
+    matrix, x = case.matrix(), case.x()
+    x[0, 7] = 1e4 * np.abs(x).max()
+    out = product(jnp.asarray(x), arranged(matrix), Turns(8, 4, 8), interpret=True)
+    error = np.asarray(out, np.float64) - product64(x, matrix)
+    # All other inputs may be lost, and no more than this of their own sizes.
+    bound = 2.0**-15 * np.abs(x).max() * np.abs(np.asarray(matrix.rows())).sum(1)
+    assert np.all(np.abs(error[0]) <= bound + 1e-6 * np.abs(error).max())
+    assert relative_error(np.asarray(out), product64(x, matrix)) <= 2.0**-16 * np.sqrt(x.size)
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "reason"),
+    [
+        (Case("dense", 8), 2, "it takes one row of x, got 2"),
+        (Case("dense", 8, None, (20000, 64)), 1, "it takes up to 16384 inputs, got 20000"),
+        (Case("2:4", 16, values=jnp.float16), 1, "its floats are bfloat16, not float16"),
+    ],
+)
+def test_what_it_refuses(case: Case, rows: int, reason: str):
+    assert unsupported(jnp.ones((rows, case.shape[0])), case.abstract()) == reason
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_multiprocessor_has_many_turns_more_than_the_others(layer: str):
+    for inputs, outputs, _ in LAYERS[layer].values():
+        matrix = dataclasses.replace(FORMATS["int8"], shape=(inputs, outputs)).abstract()
+        turns = turns_of(matrix, H200)
+        count = matrix.values.shape[0] // turns.rows
+        each = turns.programs // H200.cores
+        assert each in PROGRAMS
+        assert count % ROWS == 0
+        assert each * -(-count // turns.programs) <= 1.2 * count / H200.cores + 1
+
+
+def instructions(m: Any, a: Any, b: Any) -> list[Any]:
+    """Returns what each instruction makes of two registers."""
+    third = m.choose(a, b, 0x3715)
+    sums = [m.dot(a, b, third, (one, other)) for one in (True, False) for other in (True, False)]
+    # From 1 to 2, with so few bits that products are exact: twice rounded is once rounded.
+    floats = [m.unlike(m.both(x, 0x007FF000), 0x3F800000) for x in (a, b, third)]
+    logic = [m.both(a, b), m.either(a, b), m.unlike(a, b), m.inverse(a), m.up(a, 5), m.down(a, 5)]
+    chosen = m.choose(a, b, m.both(b, 0x7777))
+    return [*logic, m.plus(a, b), m.either(a, 0x80808080), *sums, third, chosen, m.fma(*floats)]
+
+
+COUNT = 15
+
+
+def run_instructions(numbers: jax.Array, interpret: bool) -> jax.Array:
+    """Returns all results for 16-bit numbers, two of which are a register."""
+
+    def kernel(a_ref: Any, b_ref: Any, out_ref: Any) -> None:
+        a, b = a_ref[...], b_ref[...]
+        for i in range(COUNT):
+
+            def body(m: Any, x: Any, y: Any, i: int = i) -> tuple[Any]:
+                return (instructions(m, x, y)[i],)
+
+            (out_ref[i, :],) = paired(body, [a, b], jnp.int16, 1, interpret)
+
+    shape = jax.ShapeDtypeStruct((COUNT, numbers.shape[1]), jnp.int16)
+    params = plgpu.CompilerParams(num_warps=1, num_stages=1)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=interpret, compiler_params=params)(*numbers)
+
+
+@pytest.mark.gpu
+def test_instructions_mean_what_they_say():
+    if device.current() is None:
+        pytest.skip("needs a CUDA device")
+    numbers = jnp.asarray(np.random.default_rng(0).integers(-(2**15), 2**15, (2, 256)), jnp.int16)
+    np.testing.assert_array_equal(run_instructions(numbers, False), run_instructions(numbers, True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ONE)
+def test_a_gpu_equals_float64(name: str):
+    if (gpu := device.current()) is None:
+        pytest.skip("needs a CUDA device")
+    case = ONE[name]
+    matrix, x = case.matrix(), jnp.asarray(case.x())
+    for turns in (turns_of(arranged(matrix), gpu), Turns(8, 4, 3)):
+        out = product(x, arranged(matrix), turns)
+        assert relative_error(np.asarray(out), product64(x, matrix)) <= LIMIT
+
+
+GATE_UP = (4096, 22016)
+MOST = {"2:4": 4.5, "2:4 int8": 3.1, "2:4 int4 g128": 4.0, "int8": 1.7, "int4 g128": 2.1}
+"""Issue slots a dense weight, in a turn."""
+
+
+def variants() -> dict[str, Any]:
+    found = {}
+    for name in MOST:
+        matrix = dataclasses.replace(FORMATS[name], shape=GATE_UP).abstract()
+        x = jax.ShapeDtypeStruct((1, GATE_UP[0]), jnp.bfloat16)
+        found[name] = (functools.partial(product, turns=turns_of(matrix, H200)), (x, matrix))
+    return found
+
+
+@sass.compiles
+@pytest.mark.parametrize("name", MOST)
+def test_rows_compile_for_hopper(name: str):
+    kernel = sass.compile_variants(variants, "h200")[name].only()
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    assert kernel.slots_per_element(ROWS * GATE_UP[0]) <= MOST[name]
+    widest = 16 if FORMATS[name].kind == "dense" else 4
+    assert sass.loads(kernel.main_loop)[widest] > 0
+    assert sass.loads(kernel.main_loop)[2] <= ROWS * 9  # scales alone

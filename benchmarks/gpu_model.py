@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(programs)} decode programs are compiled after {time.monotonic() - began:.0f} s", flush=True)
     forms: list[str] = [*(["bf16"] if prompts else []), *(case.weights for case in args.cases)]
     for form in dict.fromkeys(forms):
-        params = random_params(config, form)
+        params = running_params(config, form)
         if form == "bf16" and prompts:
             keep("prompt", _attempt(lambda: prompt(config, params, prompts, args)), found)  # noqa: B023
         for case in (case for case in args.cases if case.weights == form):
@@ -95,7 +95,7 @@ def _config(model: str, layers: int | None) -> LlavaConfig:
 
 def decoding(pool: ThreadPoolExecutor, config: LlavaConfig, case: Case, new: int) -> Building:
     """Returns the decode program of a case, in the making."""
-    params = jax.eval_shape(functools.partial(random_params, config, case.weights))
+    params = jax.eval_shape(functools.partial(running_params, config, case.weights))
     return pool.submit(
         _built, engine.decode.lower(config, params, abstract_state(config, params, case, new), _steps(0))
     )
@@ -103,7 +103,7 @@ def decoding(pool: ThreadPoolExecutor, config: LlavaConfig, case: Case, new: int
 
 def reading(pool: ThreadPoolExecutor, config: LlavaConfig) -> tuple[Building, Building]:
     """Returns the programs of the tower with projector, and of a prompt of one image and a question, in the making."""
-    params, shape = llava.shapes(config, "bfloat16"), jax.ShapeDtypeStruct
+    params, shape = jax.eval_shape(functools.partial(running_params, config, "bf16")), jax.ShapeDtypeStruct
     vision = config.vision
     assert vision is not None
     pixels = shape((1, vision.channels, vision.image_size, vision.image_size), jnp.bfloat16)
@@ -193,15 +193,19 @@ def prompt(
 
 
 def random_params(config: LlavaConfig, form: str) -> Params:
-    """Returns random weights, the decoder's linears in a format of `WEIGHTS`, joined as in any model that runs."""
+    """Returns random weights, the decoder's linears in a format of `WEIGHTS`."""
     shapes = llava.shapes(config, "bfloat16")
     text = shapes["text"]
     for i in range(config.text.layers):
         layer = text[f"layers_{i}"]
         text = text | {f"layers_{i}": with_kernels(layer, _kernels(layer, form, i))}
     leaves, tree = jax.tree.flatten_with_path(shapes | {"text": text})
-    params = jax.tree.unflatten(tree, [_leaf(path, leaf, seed) for seed, (path, leaf) in enumerate(leaves)])
-    return join_linears(config.text, params)
+    return jax.tree.unflatten(tree, [_leaf(path, leaf, seed) for seed, (path, leaf) in enumerate(leaves)])
+
+
+def running_params(config: LlavaConfig, form: str) -> Params:
+    """Returns random weights, joined as in any model that runs."""
+    return join_linears(config.text, random_params(config, form))
 
 
 def _kernels(layer: Params, form: str, index: int) -> dict[str, Any]:

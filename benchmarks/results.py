@@ -1,4 +1,4 @@
-"""The tables of docs/results.md from benchmarks/results/quality-*.json: python -m benchmarks.results"""
+"""The tables of docs/results.md and README.md from benchmarks/results/*.json: python -m benchmarks.results"""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table, kv_table, prune_table, weights_table
+from benchmarks import gpu_headlines, gpu_table, kv_table, prune_table, weights_table
 from benchmarks.machine import RESULTS
 from benchmarks.tables import interval, machine, share, source, sparsities, spread, table, text
 from lmmjax.errors import exit_code
@@ -29,18 +29,21 @@ see what is rounded.
 the dense model, in nats an answer token. Mean ± deviation over seeds, where there are several: a seed draws the
 questions for calibration and search, and the trials.
 """
+HEADLINES = "nvidia-h200"
+"""The device whose figures the README shows."""
 AXES = {"weights": ("Weights", "sparsity"), "cache": ("KV cache", "bits")}
 KINDS = ("yes/no", "shape", "colour")
 
 
 def main() -> int:
-    """Writes docs/results.md; returns 0."""
+    """Writes docs/results.md and the table in README.md; returns 0."""
     return exit_code(write)
 
 
 def write() -> int:
     write_atomic(TARGET, page(RESULTS))
-    print(TARGET)
+    write_atomic(gpu_headlines.README, gpu_headlines.shown(gpu_headlines.README.read_text(), RESULTS, HEADLINES))
+    print(TARGET, gpu_headlines.README, sep="\n")
     return 0
 
 

@@ -1,6 +1,7 @@
 """What measures whole models on a GPU: sections that end on time, decode steps on a CPU, and sums over a profile."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import gpu, gpu_model, gpu_table, gpu_trial
 from benchmarks.gpu_cases import MODELS, Case
 from benchmarks.gpu_profile import summary
+from kernels.gpu import device
 from lmmjax.config import from_hf
 from lmmjax.llava import shapes
 
@@ -33,6 +35,17 @@ def test_a_section_that_fails_or_takes_too_long_leaves_the_others(section, code,
 def test_when_the_time_is_over_nothing_more_begins(capfd):
     assert gpu.main(["--smoke", "--minutes", "0"]) == 1
     assert capfd.readouterr().err.count("left out: the time is over") == len(gpu.SECTIONS)
+
+
+def test_a_prompt_is_compiled_for_the_weights_that_run():
+    config = from_hf(MODELS["smoke"])
+    with device.speaking_of(device.EMULATED), ThreadPoolExecutor(1) as pool:  # as on a GPU, q, k and v are one there
+        see, read = gpu_model.reading(pool, config)
+        like = jax.eval_shape(lambda: gpu_model.running_params(config, "bf16"))
+    assert "q_k_v" in like["text"]["layers_0"]["attn"]
+    for building in (see, read):
+        found = building.result()[0].args_info[0][0]
+        assert jax.tree.structure(found) == jax.tree.structure(like)
 
 
 def test_an_unknown_section_is_refused(capfd):

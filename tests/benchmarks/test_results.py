@@ -3,11 +3,19 @@
 import json
 from pathlib import Path
 
-from benchmarks import machine, results
+from benchmarks import gpu_headlines, machine, results
 
 
 def test_the_page_is_what_the_figures_give():
     assert results.TARGET.read_text() == results.page(machine.RESULTS), "run python -m benchmarks.results"
+
+
+def test_the_readme_has_the_ratios_that_the_figures_give():
+    found = gpu_headlines.README.read_text()
+    assert found == gpu_headlines.shown(found, machine.RESULTS, results.HEADLINES), "run python -m benchmarks.results"
+    steps = json.loads((machine.RESULTS / f"model-7b-{results.HEADLINES}.json").read_text())["cases"]
+    whole, narrow = (steps[f"32x4096 kv{bits} bf16"]["ms"] for bits in (16, 4))
+    assert f"| {whole / narrow:.2f}: ours with 16 bits, {whole:.2f} ms |" in found
 
 
 def example(folder: Path, **changes) -> Path:

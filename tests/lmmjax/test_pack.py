@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from said import one_line
 
 from convert import export, hf
+from kernels.gpu import device
 from kernels.weights import Matrix
 from lmmjax import answer, engine, evaluate, llava, weights
 from lmmjax import checkpoint as checkpoints
@@ -121,6 +122,23 @@ def test_a_model_that_runs_has_its_linears_joined_and_says_the_same(pruned, tmp_
     assert states[0].cache.lengths == states[1].cache.lengths == 15
     jax.tree.map(np.testing.assert_array_equal, states[0].cache.layers, states[1].cache.layers)
     np.testing.assert_array_equal(states[0].answer, states[1].answer)
+
+
+def test_plain_linears_are_one_on_a_gpu(checkpoint):
+    stored = checkpoints.load(checkpoint)
+    attn = stored.params["text"]["layers_0"]["attn"]
+    with device.speaking_of(device.EMULATED):
+        params = join_linears(stored.config.text, weights_of(checkpoint))
+    kernels = [attn[name]["kernel"] for name in "qkv"]
+    np.testing.assert_array_equal(
+        params["text"]["layers_0"]["attn"]["q_k_v"]["kernel"], jnp.concatenate(kernels, axis=1)
+    )
+    x = llava.embed(stored.config, stored.params, jnp.arange(5, 17).reshape(2, 6))
+    states = [
+        llava.forward(stored.config, one, x, jnp.tile(jnp.arange(6), (2, 1)), causal(2, 6))
+        for one in (stored.params, params)
+    ]
+    np.testing.assert_allclose(states[1], states[0], rtol=1e-4, atol=1e-5)
 
 
 def test_linears_that_are_packed_in_unlike_ways_stay_apart(checkpoint, tmp_path):

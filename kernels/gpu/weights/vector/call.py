@@ -21,8 +21,14 @@ MOST = 16384
 
 ROWS = 8
 """Rows of the matrix that are taken at once."""
-PROGRAMS = (3, 2, 4)
-"""How many programs a multiprocessor may have, the best first."""
+PROGRAMS = {
+    ("dense", 8): (4, 3, 2),
+    ("dense", 4): (3, 2, 4),
+    ("2:4", 16): (3, 4, 2),
+    ("2:4", 8): (3, 2, 4),
+    ("2:4", 4): (3, 4, 2),
+}
+"""How many programs a multiprocessor may have, the best first, by kind and bits."""
 
 
 class Turns(NamedTuple):
@@ -36,11 +42,11 @@ class Turns(NamedTuple):
 def turns_of(matrix: Arranged, gpu: Device) -> Turns:
     """Returns how to share a product: so that no multiprocessor has many turns more than the others.
 
-    Measured on an H200, 7B's shapes: three programs a multiprocessor are best where there are many turns. Two, where
-    each would have one or two: making x ready takes as long as such a turn.
+    Measured on an H200, 7B's shapes. Where there are few turns, making x ready takes as long as one: formats that are
+    read and multiplied fast are better off with two programs a multiprocessor.
     """
     turns = matrix.values.shape[0] // ROWS
-    each = min(PROGRAMS, key=lambda count: count * -(-turns // (count * gpu.cores)))
+    each = min(PROGRAMS[matrix.kind, matrix.bits], key=lambda count: count * -(-turns // (count * gpu.cores)))
     return Turns(ROWS, 4, each * gpu.cores)
 
 

@@ -17,10 +17,16 @@ def joined(matrices: Sequence[Matrix | Array]) -> Matrix | Array | None:
     They must be of one format, and not be filled up between their outputs. Nothing is computed: each weight is bit for
     bit what it was. Pure, and can be jitted. Plain kernels (in, out) may be joined, too.
     """
+    packed = [matrix for matrix in matrices if isinstance(matrix, Matrix)]
+    if len(packed) == len(matrices):
+        return _packed(packed)
+    plain = [matrix for matrix in matrices if not isinstance(matrix, Matrix)]
+    alike = {(one.dtype, one.shape[0]) for one in plain}
+    return None if packed or len(alike) > 1 else jnp.concatenate(plain, axis=1)
+
+
+def _packed(matrices: Sequence[Matrix]) -> Matrix | None:
     first = matrices[0]
-    if not any(isinstance(one, Matrix) for one in matrices):
-        alike = {(one.dtype, one.shape[0]) for one in matrices}
-        return jnp.concatenate(matrices, axis=1) if len(alike) == 1 else None
     if any(_nature(one) != _nature(first) for one in matrices) or isinstance(first, Table):
         return None
     if isinstance(first, Arranged):

@@ -63,6 +63,16 @@ def test_one_input_that_outweighs_all_others():
     assert relative_error(np.asarray(out), product64(x, matrix)) <= 2.0**-16 * np.sqrt(x.size)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["int8", "int4, groups of 64", "2:4 in int8", "2:4"])
+def test_what_is_no_number_stays_none(name: str, bad: float):
+    x = ONE[name].x()
+    x[0, 5] = bad
+    out = product(jnp.asarray(x), arranged(ONE[name].matrix()), Turns(8, 4, 8), interpret=True)
+    kept = np.asarray(ONE[name].matrix().rows())[:, 5] != 0
+    assert not np.isfinite(np.asarray(out)[0, kept]).any()
+
+
 @pytest.mark.parametrize(
     ("case", "rows", "reason"),
     [

@@ -75,7 +75,8 @@ class Dense(Program):
 
     def _less(self, whole: list[Array]) -> Int[Array, "chunk/8"]:
         """Returns what codes' offset adds to the sums of neighbours."""
-        total = sum(part << 16 >> 16 for part in whole)
+        first, *others = (part << 16 >> 16 for part in whole)
+        total = sum(others, first)
         return OFFSET[self.bits] * jnp.sum(total.reshape(-1, WIDE), axis=1)
 
 

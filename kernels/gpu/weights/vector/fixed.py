@@ -4,13 +4,14 @@ An input is `scale` * (256 * high + low), with a high byte from -128 and a low o
 the largest is lost: where one of n inputs outweighs all others, 2^-16 * sqrt(n / 3) of the row's length.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from kernels.gpu.instructions import paired
 
@@ -20,6 +21,10 @@ _ROUNDS = 1.5 * 2.0**23
 """What is added to it is rounded to a whole number, which its lower bits are."""
 
 
+_LEAST = 27 << 23
+"""The bits of 2^-100."""
+
+
 class Bytes(NamedTuple):
     """High and low bytes of inputs, four in 32 bits."""
 
@@ -27,13 +32,13 @@ class Bytes(NamedTuple):
     low: Int[Array, "n"]
 
 
-def power(x: Sequence[Num[Array, "n"]]) -> Float[Array, ""]:
-    """Returns the power of two at or below a row's largest absolute value; 2^-100 at least."""
-    largest = jnp.abs(x[0])
-    for part in x[1:]:
-        largest = jnp.maximum(largest, jnp.abs(part))
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(jnp.max(largest), 2.0**-100), jnp.int32) & 0x7F800000
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+def power(x: Sequence[Float[Array, "n"]]) -> Float[Array, ""]:
+    """Returns the power of two at or below a row's largest absolute value: at least 2^-100; infinity if one is none."""
+    # By bits, whose order is that of the numbers: a GPU's maximum of floats would pass over what is no number.
+    first, *others = (jax.lax.bitcast_convert_type(part, jnp.int32) & 0x7FFFFFFF for part in x)
+    largest = jnp.max(functools.reduce(jnp.maximum, others, first))
+    exponent = jnp.maximum(largest, _LEAST) & 0x7F800000
+    return jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
 
 def scale(power: Float[Array, ""]) -> Float[Array, ""]:

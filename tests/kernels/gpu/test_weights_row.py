@@ -63,6 +63,15 @@ def test_one_input_that_outweighs_all_others():
     assert relative_error(np.asarray(out), product64(x, matrix)) <= 2.0**-16 * np.sqrt(x.size)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_input_is_not_rounded_out_of_its_bits(sign: int):
+    case = ONE["int8"]
+    matrix, x = case.matrix(), case.x()
+    x[0, 5] = sign * np.nextafter(np.float32(2.0 ** np.ceil(np.log2(np.abs(x).max()))), np.float32(0))
+    out = product(jnp.asarray(x), arranged(matrix), Turns(8, 4, 8), interpret=True)
+    assert relative_error(np.asarray(out), product64(x, matrix)) <= LIMIT
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["int8", "int4, groups of 64", "2:4 in int8", "2:4"])
 def test_what_is_no_number_stays_none(name: str, bad: float):

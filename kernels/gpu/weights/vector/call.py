@@ -17,8 +17,6 @@ from kernels.gpu.weights.vector.program import facts
 
 MOST = 16384
 """The most inputs: all of a row is held in registers."""
-
-
 ROWS = 8
 """Rows of the matrix that are taken at once."""
 PROGRAMS = {

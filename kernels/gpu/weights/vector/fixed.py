@@ -17,10 +17,9 @@ from kernels.gpu.instructions import paired
 
 _TOP = 2.0**14
 """What the largest power of two of a row becomes: no number needs more than 16 bits."""
+_MOST = 2.0**15 - 1
 _ROUNDS = 1.5 * 2.0**23
 """What is added to it is rounded to a whole number, which its lower bits are."""
-
-
 _LEAST = 27 << 23
 """The bits of 2^-100."""
 
@@ -53,7 +52,8 @@ def load(x_ref: Any, at: Int[Array, "n"]) -> Float[Array, "n"]:
 
 def whole(x: Float[Array, "n"], power: Float[Array, ""]) -> Int[Array, "n"]:
     """Returns inputs in fixed point, in the lower 16 bits."""
-    return jax.lax.bitcast_convert_type(x * (_TOP / power) + _ROUNDS, jnp.int32)
+    # float32 has numbers that would be rounded up to the next power of two, for which there is no room.
+    return jax.lax.bitcast_convert_type(jnp.minimum(x * (_TOP / power), _MOST) + _ROUNDS, jnp.int32)
 
 
 def bytes_of(x: list[Int[Array, "n"]], interpret: bool) -> Bytes:

@@ -56,8 +56,11 @@ def _steps(folder: Path, device: str) -> Iterator[list[str]]:
 
 def _products(folder: Path, device: str) -> Iterator[list[str]]:
     """Yields the products of a layer with one row, in each format."""
-    rows: list[Any] = [row for row in _load(folder, f"weights-{device}")["rows"] if row["m"] == 1]
-    names = [name for name, one in rows[0]["entrants"].items() if "us" in one and name not in (LINEAR, "jax")]
+    rows: list[Any] = [
+        row for row in _load(folder, f"weights-{device}")["rows"] if (row["model"], row["m"]) == ("7b", 1)
+    ]
+    able = [{name for name, one in row["entrants"].items() if "us" in one} for row in rows]
+    names = [name for name in rows[0]["entrants"] if name in set.intersection(*able) - {LINEAR, "jax"}]
     whole = {name: sum(row["count"] * row["entrants"][name]["us"] for row in rows) for name in [LINEAR, *names]}
     for name in names:
         ratio = whole[LINEAR] / whole[name]

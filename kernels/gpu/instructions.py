@@ -18,7 +18,11 @@ Body = Callable[..., Sequence[Any]]
 
 
 def paired(body: Body, args: Sequence[Array], dtype: DTypeLike, results: int, interpret: bool) -> list[Array]:
-    """Returns arrays, as many as `results`, of what a function makes of every two neighbours of the last axis."""
+    """Returns arrays, as many as `results`, of what a function makes of every two neighbours of the last axis.
+
+    On a GPU these are what a thread holds side by side: neighbours where the arrays were loaded in pieces of two or
+    more, any two of one row otherwise. There a function must make of each element what is its own.
+    """
     if interpret:
         registers = [register for x in args for register in _registers(x)]
         return _arrays(list(body(Meaning(), *registers)), dtype, results)
@@ -72,9 +76,6 @@ class Ptx:
     def plus(self, a: Any, b: Any) -> str:
         return self._add("add.u32", a, b)
 
-    def times(self, a: Any, factor: int) -> str:
-        return self._add("mul.lo.u32", a, factor)
-
     def choose(self, a: Any, b: Any, places: Any) -> str:
         """The bytes of a (0 to 3) and b (4 to 7) that the lower four nibbles of `places` name."""
         return self._add("prmt.b32", a, b, places)
@@ -121,9 +122,6 @@ class Meaning:
     def plus(self, a: Any, b: Any) -> Array:
         return _int32(a) + _int32(b)
 
-    def times(self, a: Any, factor: int) -> Array:
-        return _int32(a) * factor
-
     def choose(self, a: Any, b: Any, places: Any) -> Array:
         sources, found = jnp.broadcast_arrays(_int32(a), _int32(b)), jnp.int32(0)
         held = [self.both(self.down(x, 8 * i), 255) for x in sources for i in range(4)]
@@ -139,6 +137,7 @@ class Meaning:
         return c
 
     def fma(self, a: Any, b: Any, c: Any) -> Array:
+        """a * b + c of float32, rounded twice."""
         a, b, c = (jax.lax.bitcast_convert_type(_int32(x), jnp.float32) for x in (a, b, c))
         return jax.lax.bitcast_convert_type(a * b + c, jnp.int32)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 FEW = 4
-"""Parts that are taken one by one."""
+"""The most parts that are taken one by one."""
 
 
 class Partials(NamedTuple):

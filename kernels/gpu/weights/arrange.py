@@ -10,7 +10,7 @@ from kernels.gpu.weights.layout import TILE, Arranged, Pairs, Words, unsigned
 from kernels.weights.formats import NM, Full, Matrix
 
 ROWS = 64
-"""Rows are filled up to a multiple of it: the least that a program takes."""
+"""Rows are filled up to a multiple of it: the least that a program for several rows of x takes."""
 GROUPS = (64, 128)
 BLOCK = 128
 """Inputs of a block where a row has one scale, or none."""

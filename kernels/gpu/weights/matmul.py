@@ -1,4 +1,4 @@
-"""Products with weight matrices on a GPU: by the kernel for a few rows of x, by unpacking and XLA for more."""
+"""Products with weight matrices on a GPU: by kernels for one row of x and for a few, by unpacking and XLA for more."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,12 +13,12 @@ from kernels.weights.formats import Matrix
 
 
 def run(x: Float[Array, "m k"], matrix: Matrix) -> Float[Array, "m r"]:
-    """Returns x @ matrix by the kernel."""
+    """Returns x @ matrix by the kernel for so many rows."""
     gpu = device.current()
     assert gpu is not None
     assert isinstance(matrix, Arranged)
     if vector.unsupported(x, matrix) is None:
-        return vector.product(x, matrix, vector.turns_of(matrix, gpu), gpu.interpret)
+        return vector.product(x, matrix, vector.share_of(matrix, gpu), gpu.interpret)
     return product(x, matrix, tiles_of(matrix, gpu), gpu.interpret)
 
 

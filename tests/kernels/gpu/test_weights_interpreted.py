@@ -1,5 +1,7 @@
 """Products with weight matrices: kernels interpreted against float64, layouts there and back, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from kernels.gpu.weights.arrange import arranged
 from kernels.gpu.weights.call import product
 from kernels.gpu.weights.cases import CASES, FORMATS, LAYERS, Case, product64
 from kernels.gpu.weights.tiles import tiles_of
+from kernels.gpu.weights.vector import call as vector
 from kernels.weights import WeightFormat, encode
 from kernels.weights.formats import Matrix
 
@@ -29,8 +32,21 @@ def test_interpreted_equals_float64(name: str):
     with device.speaking_of(EMULATED):
         made = arranged(matrix)
         assert matmul.unsupported(x, made) is None
-        out = jax.jit(matmul.run)(x, made)
+    out = product(x, made, tiles_of(made, EMULATED), interpret=True)
     assert relative_error(np.asarray(out), product64(x, matrix)) <= LIMIT / 10
+
+
+@pytest.mark.parametrize("name", ["int8", "2:4 in int8", "2:4 in float16, a part of a tile"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_one_row_has_a_kernel_of_its_own(name: str, m: int):
+    case = dataclasses.replace(CASES[name], m=m)
+    x, made = jnp.asarray(case.x()), arranged(case.matrix())
+    with device.speaking_of(EMULATED):
+        out = matmul.run(x, made)
+    own = m == 1 and case.values == jnp.bfloat16
+    tiles = vector.share_of(made, EMULATED) if own else tiles_of(made, EMULATED)
+    expected = (vector.product if own else product)(x, made, tiles, interpret=True)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,8 +152,11 @@ def test_programs_fill_the_device_and_share_all_steps(name: str, shape: tuple[in
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_a_gpu_equals_float64(name: str):
-    if device.current() is None:
+    if (gpu := device.current()) is None:
         pytest.skip("needs a CUDA device")
     case = CASES[name]
     matrix, x = case.matrix(), jnp.asarray(case.x())
-    assert relative_error(np.asarray(jax.jit(matmul.run)(x, arranged(matrix))), product64(x, matrix)) <= LIMIT
+    made = arranged(matrix)
+    out = product(x, made, tiles_of(made, gpu))
+    assert relative_error(np.asarray(out), product64(x, matrix)) <= LIMIT
+    np.testing.assert_array_equal(jax.jit(matmul.run)(x, made), out if case.m > 1 else matmul.run(x, made))

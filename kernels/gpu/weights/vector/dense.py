@@ -11,7 +11,7 @@ from kernels.gpu.instructions import paired
 from kernels.gpu.weights.layout import OFFSET
 from kernels.gpu.weights.vector import fixed
 from kernels.gpu.weights.vector.fixed import Bytes
-from kernels.gpu.weights.vector.program import Program, Tile, combined
+from kernels.gpu.weights.vector.program import Program, Tile, combined, div
 
 WIDE = 8
 """Words that a thread loads at once: 16 bytes. Scales are met once for so many."""
@@ -35,7 +35,7 @@ class Dense(Program):
         tile = self.read(words, turn, at, at < self.words)
         if not self.grouped:
             return (tile,)
-        blocks = (chunk * self.chunk + WIDE * jnp.arange(self.chunk // WIDE)) // self.columns
+        blocks = div(chunk * self.chunk + WIDE * jnp.arange(self.chunk // WIDE), self.columns)
         return tile, self.read_scales(scales, turn, blocks)
 
     def prepare(self, x_ref: Any) -> Row:

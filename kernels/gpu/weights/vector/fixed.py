@@ -1,7 +1,8 @@
 """A row of activations in fixed point: 16 bits of its largest number, as two bytes that integer products take.
 
-An input is `scale` * (256 * high + low), with a high byte from -128 and a low one from 0 on. Of each, at most 2^-16 of
-the largest is lost: where one of n inputs outweighs all others, 2^-16 * sqrt(n / 3) of the row's length.
+An input is `scale` * (256 * high + low), with a high byte from -128 and a low one from 0 on. Of each, at most 2^-15 of
+the largest is lost (of a largest below 2^-100, all). Of results it is 2^-15 / sqrt(3) times the largest over the root
+of the mean square: less than rounding to bfloat16 takes, unless one input outweighs thousands of others.
 """
 
 import functools
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float, Int
 from kernels.gpu.instructions import paired
 
 _TOP = 2.0**14
-"""What the largest power of two of a row becomes: no number needs more than 16 bits."""
+"""What the largest power of two of a row becomes."""
 _MOST = 2.0**15 - 1
+"""The largest whole number of 16 bits."""
 _ROUNDS = 1.5 * 2.0**23
 """What is added to it is rounded to a whole number, which its lower bits are."""
 _LEAST = 27 << 23
@@ -25,14 +27,17 @@ _LEAST = 27 << 23
 
 
 class Bytes(NamedTuple):
-    """High and low bytes of inputs, four in 32 bits."""
+    """High and low bytes of inputs: two of each in 16 bits, or four in 32."""
 
     high: Int[Array, "n"]
     low: Int[Array, "n"]
 
 
 def power(x: Sequence[Float[Array, "n"]]) -> Float[Array, ""]:
-    """Returns the power of two at or below a row's largest absolute value: at least 2^-100; infinity if one is none."""
+    """Returns the power of two at or below a row's largest absolute value.
+
+    It is 2^-100 at least, and infinity if an input is infinite or NaN.
+    """
     # By bits, whose order is that of the numbers: a GPU's maximum of floats would pass over what is no number.
     first, *others = (jax.lax.bitcast_convert_type(part, jnp.int32) & 0x7FFFFFFF for part in x)
     largest = jnp.max(functools.reduce(jnp.maximum, others, first))
@@ -62,6 +67,7 @@ def bytes_of(x: list[Int[Array, "n"]], interpret: bool) -> Bytes:
     return Bytes(*paired(body, x, dtype, 2, interpret))
 
 
+# Each result is its own element's alone, whichever two a GPU pairs.
 def _of_two(m: Any, a: Any, a2: Any, b: Any, b2: Any) -> tuple[Any, Any]:
     return _split(m, a, b, a2, b2)
 

@@ -12,12 +12,15 @@ from kernels.gpu.instructions import paired
 from kernels.gpu.weights.layout import OFFSET, TILE
 from kernels.gpu.weights.vector import fixed
 from kernels.gpu.weights.vector.fixed import Bytes
-from kernels.gpu.weights.vector.program import Program, Tile, combined
+from kernels.gpu.weights.vector.program import Program, Tile, combined, div, rem
 
 FLOAT = 16
 """The bits of values that are floats: bfloat16."""
 WIDE = 2
 """Words that a thread loads at once: what registers pair. More would leave the inputs to fewer threads."""
+
+_LESS = (256 - OFFSET[4]) * 0x01010101
+"""Four bytes of what takes the offset from a code."""
 
 
 class Row(NamedTuple):
@@ -38,13 +41,13 @@ class Pairs(Program):
     def load(self, arrays: Sequence[Any], turn: Int[Array, ""], chunk: int) -> Tile:
         mask, values, *scales = arrays
         at, there = self.at(chunk), self.at(chunk) < self.words
-        two = _div(at, WIDE) * WIDE + _rem(at, WIDE)  # the same, but the compiler sees no wider loads
-        first = two + _div(at, self.columns) * (2 * TILE * self.columns // self.fields - self.columns)
+        two = div(at, WIDE) * WIDE + rem(at, WIDE)  # `at`, but in twos: see WIDE
+        first = two + div(at, self.columns) * (2 * TILE * self.columns // self.fields - self.columns)
         tile = [self.read(mask, turn, two, there)]
         tile += [self.read(values, turn, first + i * self.columns, there) for i in range(2 * TILE // self.fields)]
         if self.grouped:
             first = chunk * self.chunk + WIDE * jnp.arange(self.chunk // WIDE)
-            blocks = TILE * _div(first, self.columns)
+            blocks = TILE * div(first, self.columns)
             tile += [self.read_scales(scales[0], turn, blocks + i) for i in range(TILE)]
         return tuple(tile)
 
@@ -86,8 +89,8 @@ class Pairs(Program):
 
     def _inputs(self, x_ref: Any, chunk: int, i: int) -> list[Float[Array, "chunk"]]:
         """Returns the fours of inputs that the words of a chunk's i-th blocks meet."""
-        block = TILE * _div(self.at(chunk), self.columns) + i
-        first = 4 * (block * self.columns + _rem(self.at(chunk), self.columns))
+        block = TILE * div(self.at(chunk), self.columns) + i
+        first = 4 * (block * self.columns + rem(self.at(chunk), self.columns))
         return [fixed.load(x_ref, first + j) for j in range(4)]
 
     def _body(self, i: int) -> Any:
@@ -166,14 +169,3 @@ def _bits(x: Float[Array, "n"]) -> Int[Array, "n"]:
     """Returns the bits of inputs in bfloat16."""
     halves = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16)
     return halves.astype(jnp.int32)
-
-
-def _div(x: Int[Array, "n"], by: int) -> Int[Array, "n"]:
-    return jax.lax.div(x, jnp.full_like(x, by))
-
-
-def _rem(x: Int[Array, "n"], by: int) -> Int[Array, "n"]:
-    return jax.lax.rem(x, jnp.full_like(x, by))
-
-
-_LESS = (256 - OFFSET[4]) * 0x01010101

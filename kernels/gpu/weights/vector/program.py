@@ -113,8 +113,21 @@ def _held(m: Any, pair: Any) -> tuple[Any, Any]:
     return m.either(pair, 0), m.both(pair, 0)
 
 
+def div(x: Int[Array, "n"], by: int) -> Int[Array, "n"]:
+    """Returns x // by of what is not below 0: the compiler sees which neighbours are alike, as it does not of `//`."""
+    return jax.lax.div(x, jnp.full_like(x, by))
+
+
+def rem(x: Int[Array, "n"], by: int) -> Int[Array, "n"]:
+    """Returns x % by of what is not below 0."""
+    return jax.lax.rem(x, jnp.full_like(x, by))
+
+
 def combined(sums: Int[Array, "rows n"], each: int) -> Int[Array, "rows n/each"]:
-    """Returns the sums of so many neighbours: those of high bytes (at even places) and of low ones."""
+    """Returns the sums of so many neighbours: those of high bytes (at even places) and of low ones.
+
+    They are neighbours on a GPU, too: they come of words that were loaded in wide pieces.
+    """
     sums = sums.reshape(sums.shape[0], -1, each)
     high = (jnp.arange(each) % 2 == 0)[None, None]
     return jnp.sum(jnp.where(high, sums << 8, sums), axis=2)

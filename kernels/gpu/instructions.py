@@ -123,11 +123,12 @@ class Meaning:
         return _int32(a) + _int32(b)
 
     def choose(self, a: Any, b: Any, places: Any) -> Array:
-        sources, found = jnp.broadcast_arrays(_int32(a), _int32(b)), jnp.int32(0)
-        held = [self.both(self.down(x, 8 * i), 255) for x in sources for i in range(4)]
+        found = jnp.int32(0)
         for i in range(4):
-            place = _int32(places) >> 4 * i & 7
-            found |= sum(jnp.where(place == j, byte, 0) for j, byte in enumerate(held)) << 8 * i
+            place = places >> 4 * i & 7
+            source = (b if place > 3 else a) if isinstance(place, int) else jnp.where(place > 3, _int32(b), _int32(a))
+            byte = jax.lax.shift_right_logical(_int32(source), jnp.broadcast_to(place % 4 * 8, jnp.shape(source)))
+            found |= (byte & 255) << 8 * i
         return found
 
     def dot(self, a: Any, b: Any, c: Any, signed: tuple[bool, bool]) -> Array:

@@ -22,5 +22,5 @@ def rotate(x: Float[Array, "b h t d"], rotation: Rotation) -> Float[Array, "b h 
     x32 = x.astype(jnp.float32)
     # Halves change places by a reversal, which a GPU does in passing: a concatenation would be a launch.
     halves = jax.lax.rev(x32.reshape(*x.shape[:-1], 2, -1), (x.ndim - 1,)).reshape(x.shape)
-    sign = jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] // 2, -1.0, 1.0)
-    return (x32 * cos + sign * halves * sin).astype(x.dtype)
+    low = jnp.arange(x.shape[-1]) < x.shape[-1] // 2
+    return (x32 * cos + jnp.where(low, -halves, halves) * sin).astype(x.dtype)

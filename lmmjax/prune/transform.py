@@ -100,11 +100,6 @@ def apply_plan(config: LlavaConfig, params: Params, ranks: Ranks, plan: Plan) ->
     )
 
 
-def uniform_drop(config: LlavaConfig, ratio: float) -> dict[str, int]:
-    """Returns the same ratio for every linear, as counts: int(inputs * ratio) a row."""
-    return {name: int(config.text.linear_shape(name)[0] * ratio) for name in LINEARS}
-
-
 def _mask_layer(layer: Params, masks: LayerMasks) -> Params:
     """Returns the layer with masked kernels zero; only dicts on the way to a masked kernel are new."""
     return with_kernels(

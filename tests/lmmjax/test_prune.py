@@ -115,7 +115,7 @@ def test_sequential_statistics_see_the_pruned_prefix(params):
 
 def test_a_plan_and_its_traced_form_prune_alike(params):
     ranks = transform.rank_model(CONFIG, params, calibrate.statistics(CONFIG, params, encoded(4)), "lognorm")
-    drop = transform.uniform_drop(CONFIG, 0.3) | {"gate": 0}
+    drop = {name: int(CONFIG.text.linear_shape(name)[0] * 0.3) for name in LINEARS} | {"gate": 0}
     plan = uniform(CONFIG.text, drop=drop)
     applied = transform.apply_plan(CONFIG, params, ranks, plan)
     drops = jnp.asarray([[layer.drop[name] for name in LINEARS] for layer in plan.layers])

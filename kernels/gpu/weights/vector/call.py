@@ -1,7 +1,7 @@
 """The call for one row of x: one launch, in which every program makes x ready for itself."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +64,9 @@ def product(x: Float[Array, "1 k"], matrix: Arranged, share: Share, interpret: b
     """Returns x @ matrix in x's dtype; x is rounded to 16 bits of its largest number, or to bfloat16 for floats."""
     held = matrix.values.shape[0]
     common = facts(matrix, share.rows, share.programs, interpret)
-    read: list[Any] = [matrix.values]
-    if isinstance(matrix, layout.Pairs):
-        read.insert(0, matrix.mask)
-        program = pairs.Pairs(**common, words=matrix.mask.shape[1], chunk=pairs.WIDE * 32 * share.warps)
-    else:
-        program = dense.Dense(**common, words=matrix.values.shape[1], chunk=dense.WIDE * 32 * share.warps)
+    two = isinstance(matrix, layout.Pairs)
+    kind, read = (pairs.Pairs, [matrix.mask, matrix.values]) if two else (dense.Dense, [matrix.values])
+    program = kind(**common, words=read[0].shape[1], chunk=kind.WIDE * 32 * share.warps)
     if matrix.scales is not None:
         read.append(matrix.scales)
     y = pl.pallas_call(

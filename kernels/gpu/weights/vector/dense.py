@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,9 +12,6 @@ from kernels.gpu.weights.layout import OFFSET
 from kernels.gpu.weights.vector import fixed
 from kernels.gpu.weights.vector.fixed import Bytes
 from kernels.gpu.weights.vector.program import Program, Tile, combined, div
-
-WIDE = 8
-"""Words that a thread loads at once: 16 bytes. Scales are met once for so many."""
 
 
 class Row(NamedTuple):
@@ -29,13 +26,15 @@ class Row(NamedTuple):
 class Dense(Program):
     """Of 8 or 4 bits. A sum's even places hold products of high bytes, its odd ones of low bytes."""
 
+    WIDE: ClassVar[int] = 8  # 16 bytes
+
     def load(self, arrays: Sequence[Any], turn: Int[Array, ""], chunk: int) -> Tile:
         words, scales = arrays
         at = self.at(chunk)
         tile = self.read(words, turn, at, at < self.words)
         if not self.grouped:
             return (tile,)
-        blocks = div(chunk * self.chunk + WIDE * jnp.arange(self.chunk // WIDE), self.columns)
+        blocks = div(chunk * self.chunk + self.WIDE * jnp.arange(self.chunk // self.WIDE), self.columns)
         return tile, self.read_scales(scales, turn, blocks)
 
     def prepare(self, x_ref: Any) -> Row:
@@ -45,14 +44,9 @@ class Dense(Program):
         whole = [[fixed.whole(part, power) for part in parts] for parts in x]
         return Row(power, [self._bytes(parts) for parts in whole], [self._less(parts) for parts in whole])
 
-    def zeros(self) -> Array:
-        if self.grouped:
-            return jnp.zeros((self.rows, self.chunk // WIDE), jnp.float32)
-        return jnp.zeros((self.rows, self.chunk), jnp.int32)
-
     def add(self, total: Array, tile: Tile, x: Row, chunk: int) -> Array:
         parts = [self.over(half) for part in x.chunks[chunk] for half in part]
-        start = jnp.zeros((self.rows, self.chunk), jnp.int32) if self.grouped else total
+        start = jnp.zeros((self.rows, self.chunk), self.sums) if self.grouped else total
         (sums,) = paired(_DOTS[self.bits], [tile[0], *parts, start], jnp.int32, 1, self.interpret)
         if not self.grouped:
             return sums
@@ -61,12 +55,11 @@ class Dense(Program):
     def result(self, total: Array, x: Row, arrays: Sequence[Any], rows: Any) -> Float[Array, "rows"]:
         if not self.grouped:
             total = self._exact(total, sum(x.less[1:], x.less[0]))
-        y = jnp.sum(total, axis=1) * fixed.scale(x.power)
-        return y if self.grouped else y * arrays[1][0, rows].astype(jnp.float32)
+        return self.scaled(total, x.power, arrays[1], rows)
 
     def _exact(self, sums: Int[Array, "rows chunk"], less: Int[Array, "chunk/8"]) -> Float[Array, "rows chunk/8"]:
         """Returns the sums of codes without their offset."""
-        return (combined(sums, WIDE) - self.over(less)).astype(jnp.float32)
+        return (combined(sums, self.WIDE) - self.over(less)).astype(jnp.float32)
 
     def _bytes(self, whole: list[Array]) -> list[Bytes]:
         """Returns the bytes of a chunk's inputs; for 4 bits, those of lower nibbles and then those of upper ones."""
@@ -77,7 +70,7 @@ class Dense(Program):
         """Returns what codes' offset adds to the sums of neighbours."""
         first, *others = (part << 16 >> 16 for part in whole)
         total = sum(others, first)
-        return OFFSET[self.bits] * jnp.sum(total.reshape(-1, WIDE), axis=1)
+        return OFFSET[self.bits] * jnp.sum(total.reshape(-1, self.WIDE), axis=1)
 
 
 def _dot8(m: Any, codes: Any, _: Any, high: Any, low: Any, a: Any, b: Any) -> tuple[Any, Any]:

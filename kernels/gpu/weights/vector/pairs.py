@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from kernels.gpu.instructions import paired
 from kernels.gpu.weights.layout import OFFSET, TILE
@@ -16,9 +16,6 @@ from kernels.gpu.weights.vector.program import Program, Tile, combined, div, rem
 
 FLOAT = 16
 """The bits of values that are floats: bfloat16."""
-WIDE = 2
-"""Words that a thread loads at once: what registers pair. More would leave the inputs to fewer threads."""
-
 _LESS = (256 - OFFSET[4]) * 0x01010101
 """Four bytes of what takes the offset from a code."""
 
@@ -34,19 +31,25 @@ class Row(NamedTuple):
 class Pairs(Program):
     """Of 16, 8 or 4 bits; words are those of the masks. Codes' sums lie as in `Dense`, floats' are a word's own."""
 
+    WIDE: ClassVar[int] = 2  # what registers pair: more would leave the inputs to fewer threads
+
     @property
     def fields(self) -> int:
         return FLOAT // self.bits
 
+    @property
+    def sums(self) -> DTypeLike:
+        return jnp.float32 if self.bits == FLOAT else jnp.int32
+
     def load(self, arrays: Sequence[Any], turn: Int[Array, ""], chunk: int) -> Tile:
         mask, values, *scales = arrays
         at, there = self.at(chunk), self.at(chunk) < self.words
-        two = div(at, WIDE) * WIDE + rem(at, WIDE)  # `at`, but in twos: see WIDE
+        two = div(at, self.WIDE) * self.WIDE + rem(at, self.WIDE)  # `at`, but in twos: see WIDE
         first = two + div(at, self.columns) * (2 * TILE * self.columns // self.fields - self.columns)
         tile = [self.read(mask, turn, two, there)]
         tile += [self.read(values, turn, first + i * self.columns, there) for i in range(2 * TILE // self.fields)]
         if self.grouped:
-            first = chunk * self.chunk + WIDE * jnp.arange(self.chunk // WIDE)
+            first = chunk * self.chunk + self.WIDE * jnp.arange(self.chunk // self.WIDE)
             blocks = TILE * div(first, self.columns)
             tile += [self.read_scales(scales[0], turn, blocks + i) for i in range(TILE)]
         return tuple(tile)
@@ -61,11 +64,6 @@ class Pairs(Program):
 
         return Row(power, [[prepared(four) for four in fours] for fours in x])
 
-    def zeros(self) -> Array:
-        if self.grouped:
-            return jnp.zeros((self.rows, self.chunk // WIDE), jnp.float32)
-        return jnp.zeros((self.rows, self.chunk), jnp.float32 if self.bits == FLOAT else jnp.int32)
-
     def add(self, total: Array, tile: Tile, x: Row, chunk: int) -> Array:
         mask, *values = tile
         places = paired(_places, [mask], jnp.int16, 2, self.interpret)
@@ -75,7 +73,7 @@ class Pairs(Program):
             args = [places[i % 2], *held, *map(self.over, x.chunks[chunk][i])]
             if self.grouped:
                 (sums,) = paired(_whole(self._body(i)), [*args, none], jnp.int32, 1, self.interpret)
-                own = jnp.sum(sums.reshape(self.rows, -1, WIDE), axis=2).astype(jnp.float32)
+                own = jnp.sum(sums.reshape(self.rows, -1, self.WIDE), axis=2).astype(jnp.float32)
                 total += own * tile[i - TILE].astype(jnp.float32)
             else:
                 (total,) = paired(self._body(i), [*args, total], total.dtype, 1, self.interpret)
@@ -84,8 +82,8 @@ class Pairs(Program):
     def result(self, total: Array, x: Row, arrays: Sequence[Any], rows: Any) -> Float[Array, "rows"]:
         if x.power is None:
             return jnp.sum(total, axis=1)
-        y = jnp.sum(total if self.grouped else combined(total, WIDE).astype(jnp.float32), axis=1) * fixed.scale(x.power)
-        return y if self.grouped else y * arrays[2][0, rows].astype(jnp.float32)
+        own = total if self.grouped else combined(total, self.WIDE).astype(jnp.float32)
+        return self.scaled(own, x.power, arrays[2], rows)
 
     def _inputs(self, x_ref: Any, chunk: int, i: int) -> list[Float[Array, "chunk"]]:
         """Returns the fours of inputs that the words of a chunk's i-th blocks meet."""

@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num
 
 from kernels.gpu.instructions import paired
 from kernels.gpu.weights.layout import Arranged
+from kernels.gpu.weights.vector import fixed
 
 Tile = tuple[Array, ...]
 
@@ -26,7 +27,11 @@ class Program:
         grouped: whether each block has a scale of its own.
         rows: rows of the matrix that are taken at once; `turns` times so many there are.
         programs: which share these turns.
+
+    `WIDE` is how many words a thread loads at once; scales are met once for so many.
     """
+
+    WIDE: ClassVar[int]
 
     bits: int
     columns: int
@@ -75,7 +80,14 @@ class Program:
 
     def zeros(self) -> Num[Array, "rows *any"]:
         """Returns the sum of no products."""
-        raise NotImplementedError
+        if self.grouped:
+            return jnp.zeros((self.rows, self.chunk // self.WIDE), jnp.float32)
+        return jnp.zeros((self.rows, self.chunk), self.sums)
+
+    @property
+    def sums(self) -> DTypeLike:
+        """What products are summed in, before any scale."""
+        return jnp.int32
 
     def add(self, total: Array, tile: Tile, x: Any, chunk: int) -> Array:
         """Returns a sum with a chunk's products added."""
@@ -84,6 +96,11 @@ class Program:
     def result(self, total: Array, x: Any, arrays: Sequence[Any], rows: Any) -> Float[Array, "rows"]:
         """Returns what a turn's rows give."""
         raise NotImplementedError
+
+    def scaled(self, total: Array, power: Float[Array, ""], scales: Any, rows: Any) -> Float[Array, "rows"]:
+        """Returns the rows' sums times what fixed point is worth, and times scales that are a row's own."""
+        y = jnp.sum(total, axis=1) * fixed.scale(power)
+        return y if self.grouped else y * scales[0, rows].astype(jnp.float32)
 
     def at(self, chunk: int) -> Int[Array, "chunk"]:
         """Returns a chunk's words."""
@@ -95,17 +112,22 @@ class Program:
 
     def read(self, ref: Any, turn: Int[Array, ""], columns: Int[Array, "n"], there: Bool[Array, "n"]) -> Array:
         """Returns the numbers of a turn's rows at these columns, of which some may not be there."""
-        rows = jnp.broadcast_to((turn * self.rows + jnp.arange(self.rows))[:, None], (self.rows, columns.shape[0]))
-        mask = self.over(there & (turn < self.turns))
+        rows, mask = self._rows(turn, there)
         read = plgpu.load(ref.at[rows, self.over(columns)], mask=mask, other=jnp.zeros((), ref.dtype))
         (held,) = paired(_held, [read], jnp.int32, 1, self.interpret)
         return held
 
     def read_scales(self, ref: Any, turn: Int[Array, ""], blocks: Int[Array, "n"]) -> Num[Array, "rows n"]:
         """Returns the scales (blocks, R) of a turn's rows."""
-        rows = jnp.broadcast_to((turn * self.rows + jnp.arange(self.rows))[:, None], (self.rows, blocks.shape[0]))
-        mask = self.over((blocks < ref.shape[0]) & (turn < self.turns))
+        rows, mask = self._rows(turn, blocks < ref.shape[0])
         return plgpu.load(ref.at[self.over(blocks), rows], mask=mask, other=jnp.zeros((), ref.dtype))
+
+    def _rows(
+        self, turn: Int[Array, ""], there: Bool[Array, "n"]
+    ) -> tuple[Int[Array, "rows n"], Bool[Array, "rows n"]]:
+        """Returns the row of each of a turn's numbers, and whether it is there."""
+        rows = (turn * self.rows + jnp.arange(self.rows))[:, None]
+        return jnp.broadcast_to(rows, (self.rows, there.shape[0])), self.over(there & (turn < self.turns))
 
 
 def _held(m: Any, pair: Any) -> tuple[Any, Any]:

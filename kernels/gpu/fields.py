@@ -1,34 +1,33 @@
-"""Codes as numbers without a conversion: a field or-ed into the float16 1024 is 1024 + code * 2^pos.
+"""Codes as numbers without a conversion: the bits of a small whole number are a subnormal float16, 2^-24 times it.
 
 A mask takes field i out of a 16-bit word, or out of the word shifted by a byte, where it lies at bit pos = i * width
-mod 8. What it is multiplied with is scaled by 2^-pos, and 1024 times the sum of that is subtracted at the end.
+mod 8. Matrix units take subnormal numbers as they are; what a field is multiplied with is scaled by 2^-pos, and their
+products, in float32, by 2^24.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from kernels import words
 
-BIAS = 1024.0
+WHOLE = 2.0**24
+"""What makes a field's number, at bit 0, its code."""
 LIFT = 128.0
 """What softmax's weights are multiplied with before they are rounded to float16, and divided by at the end.
 
 Where one token outweighs all others, these would vanish below float16's numbers. A group's span times this must be one.
 """
-_HALF_1024 = 0x6400
 _PAIR = 0x10001
+HIGH_BYTES = 0x4341
+"""PTX's selector of bytes (prmt) for the upper byte of each of two words, before zeros."""
 
 
 class Field(NamedTuple):
-    """One field of one plane's words: codes / levels = the sum over planes of (its number - 1024) * `factor`.
-
-    Of a `centred` number, `centre` is what was taken from it besides 1024.
-    """
+    """One field of one plane's words: codes / levels = the sum over planes of its number * `WHOLE` * `factor`."""
 
     plane: int
     index: int
@@ -44,11 +43,6 @@ class Field(NamedTuple):
     def mask(self) -> int:
         return ((1 << self.width) - 1) << self.index * self.width % 8
 
-    @property
-    def centre(self) -> float:
-        """The middle of its codes, times 2^pos."""
-        return 2.0 ** (self.width - 1 + self.index * self.width % 8)
-
 
 def fields(bits: int) -> list[list[Field]]:
     """Returns, plane by plane, the fields of codes of this width."""
@@ -61,31 +55,14 @@ def fields(bits: int) -> list[list[Field]]:
 
 
 def numbers(word: Int[Array, "n m"], shifted: Int[Array, "n m"], field: Field, interpret: bool) -> Float[Array, "n m"]:
-    """Returns 1024 + code * 2^pos of one field of int16 words; `shifted` are the words a byte further."""
+    """Returns code * 2^(pos - 24) of one field of int16 words; `shifted` are the words a byte further."""
     source = word if field.low else shifted
     if interpret:
-        return jax.lax.bitcast_convert_type((source & field.mask) | _HALF_1024, jnp.float16)
+        return jax.lax.bitcast_convert_type(source & field.mask, jnp.float16)
     # One instruction for two words. The compiler itself would take words apart first.
-    asm = f"lop3.b32 $0, $1, {field.mask * _PAIR:#x}, {_HALF_1024 * _PAIR:#x}, 0xEA;"
-    return inline(asm, [source], jnp.float16, "=r,r", 2)
-
-
-def centred(word: Int[Array, "n m"], shifted: Int[Array, "n m"], field: Field, interpret: bool) -> Float[Array, "n m"]:
-    """Returns the numbers of `numbers` less 1024 and the field's centre: exact, and half of them below 0.
-
-    For long sums: matrix units cut off what is far below the largest addend, and 1024 times the sum of thousands of
-    weights swallowed three hundredths of what was left without it (4 bits, measured on an H100).
-    """
-    if interpret:
-        return numbers(word, shifted, field, interpret) - jnp.float16(BIAS + field.centre)
-    source = word if field.low else shifted
-    less = int(np.float16(-BIAS - field.centre).view(np.uint16)) * _PAIR
-    asm = (
-        "{ .reg .b32 n, c; "
-        f"lop3.b32 n, $1, {field.mask * _PAIR:#x}, {_HALF_1024 * _PAIR:#x}, 0xEA; mov.b32 c, {less:#x}; "
-        "add.rn.f16x2 $0, n, c; }"
-    )
-    return inline(asm, [source], jnp.float16, "=r,r", 2)
+    if field.width == 8 and not field.low:
+        return inline(f"prmt.b32 $0, $1, 0, {HIGH_BYTES:#x};", [word], jnp.float16, "=r,r", 2)
+    return inline(f"and.b32 $0, $1, {field.mask * _PAIR:#x};", [source], jnp.float16, "=r,r", 2)
 
 
 def a_byte_further(word: Int[Array, "n m"], interpret: bool) -> Int[Array, "n m"]:

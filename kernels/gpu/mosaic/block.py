@@ -1,9 +1,8 @@
 """One block of the grid: which tokens are its own, and how it multiplies words with what lies in shared memory.
 
-A field of a word is or-ed into the float16 1024, one instruction for two words, right in the registers that wgmma
-reads; of values, whose sums are long, it is taken away again. What the numbers are multiplied with lies in shared
-memory: queries times spans of keys, and p times spans of values. What the numbers have too much or lack, and the zeros
-of groups, are no part of products: they are one sum a column.
+A field of a word is masked out, one instruction for two words, right in the registers that wgmma reads: by itself it
+is a number (see `gpu.fields`). What the numbers are multiplied with lies in shared memory: queries times spans of keys,
+and p times spans of values. The zeros of groups are no part of products: they are one sum a column.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int16
 
 from kernels.gpu.mosaic.layouts import joined
 from kernels.gpu.mosaic.memory import Inputs, Shared
-from kernels.gpu.mosaic.plan import BASE, BASE_BITS, Plan, Plane
+from kernels.gpu.mosaic.plan import Plan, Plane
 from kernels.gpu.mosaic.registers import add_product, high_bytes
 
 Copy = tuple[Any, Any]
@@ -32,7 +31,6 @@ class Block:
     Args:
         at: the row and kv head.
         count: the row's tokens; the block's own are those of steps `first` to `last`, without the last.
-        base: the bits of 1024.
     """
 
     plan: Plan
@@ -42,7 +40,6 @@ class Block:
     count: Int[Array, ""]
     first: Int[Array, ""]
     last: Int[Array, ""]
-    base: Int16[Array, ""]
 
     @classmethod
     def of(cls, plan: Plan, given: Inputs, shared: Shared) -> "Block":
@@ -51,11 +48,7 @@ class Block:
         steps = lax.div(count + plan.step - 1, plan.step)
         share = lax.div(steps + plan.splits - 1, plan.splits)
         first = jnp.minimum(split * share, steps)
-        # Always BASE_BITS, but nothing a compiler could know: it makes a mask and an `or` one instruction (LOP3) only
-        # if one of their constants is in a register.
-        base = (jnp.minimum(count, 0) | BASE_BITS).astype(jnp.int16)
-        last = jnp.minimum(first + share, steps)
-        return cls(plan, given, shared, row * plan.heads + head, count, first, last, base)
+        return cls(plan, given, shared, row * plan.heads + head, count, first, jnp.minimum(first + share, steps))
 
     def slot(self, step: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the stage of shared memory that a step's words lie in."""
@@ -70,22 +63,14 @@ class Block:
 
         return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
-    def multiply(
-        self, acc: Any, plane: Plane, word: Int16[Array, "n w"], operand: Any, stride: int, centred: bool = False
-    ) -> None:
-        """Adds the products of a plane's fields; field i of word k meets column i * stride + k of the operand.
-
-        Numbers that are `centred` lack 1024 and the middle of their codes: what long sums need (see `gpu.fields`).
-        """
+    def multiply(self, acc: Any, plane: Plane, word: Int16[Array, "n w"], operand: Any, stride: int) -> None:
+        """Adds the products of a plane's fields; field i of word k meets column i * stride + k of the operand."""
         interpret, depth, width = self.plan.interpret, self.plan.depth, min(self.plan.depth, word.shape[1])
-        halves = word, high_bytes(word, plane.width, self.base, interpret)
+        halves = word, high_bytes(word, plane.width, interpret)
         for k in range(0, word.shape[1], width):
             for i in range(0, plane.fields, depth // width):
                 fields = range(i, i + depth // width)
                 cut = [halves[j * plane.width // 8][:, k : k + width] for j in fields]
-                numbers = [plane.read(x, j, self.base) for x, j in zip(cut, fields, strict=True)]
-                if centred:
-                    less = (jnp.float16(BASE + plane.centre(j)) for j in fields)
-                    numbers = [x - offset for x, offset in zip(numbers, less, strict=True)]
+                numbers = [plane.read(x, j) for x, j in zip(cut, fields, strict=True)]
                 add_product(acc, joined(numbers, 1), operand.at[:, pl.ds(i * stride + k, depth)].T, interpret)
                 plgpu.wgmma_wait(1)

@@ -10,10 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from kernels.gpu.fields import WHOLE
 from kernels.gpu.mosaic.block import Block, Copy
 from kernels.gpu.mosaic.layouts import COLS, MATRIX, ROWS, across, by_group, down, joined, load, row_index
 from kernels.gpu.mosaic.memory import box
-from kernels.gpu.mosaic.plan import BASE, COLUMNS
+from kernels.gpu.mosaic.plan import COLUMNS
 from kernels.gpu.mosaic.registers import own_column
 from kernels.gpu.settled import MASKED
 
@@ -43,8 +44,7 @@ class Keys:
     def scale_queries(self, step: Int[Array, ""]) -> None:
         """Writes queries times the spans of the next groups of keys, and what the products with these lack.
 
-        A column is a query, or a group for a lone query. Its products with 1024 + code have 1024 * sum(q * span) too
-        much, with what q * span was rounded to, and lack q * zero.
+        A column is a query, or a group for a lone query. Its products lack q * zero.
         """
         plan, shared = self.block.plan, self.block.shared
         plgpu.barrier_wait(shared.meta_here)
@@ -53,9 +53,7 @@ class Keys:
             span, zero = (self._meta(meta, number) for meta in shared.key_meta)
             offset = self._query(len(plan.keys.planes)) * zero
             for i, operand in enumerate(shared.queries):
-                scaled = (self._query(i) * span).astype(jnp.float16)
-                operand.at[columns].T[...] = scaled
-                offset = offset - scaled.astype(jnp.float32) * (BASE / plan.keys.levels)
+                operand.at[columns].T[...] = (self._query(i) * span).astype(jnp.float16)
             shared.offset[columns] = jnp.sum(offset, axis=0)
         plgpu.commit_smem()
         following = (lax.div(step, plan.period) + 1) * plan.period
@@ -82,7 +80,7 @@ class Keys:
 
         product = self.block.summed((plan.chunk, number), multiply)
         offset = load(shared.offset.at[columns], COLS)
-        scores = product * (1 / plan.keys.levels) + down(offset, plan.chunk)
+        scores = product * (WHOLE / plan.keys.levels) + down(offset, plan.chunk)
         if not plan.alone:
             return by_group(scores, group)
         group_here = lax.div(step * plan.step + start, group) - self._first_group(step) - first

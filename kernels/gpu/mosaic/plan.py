@@ -17,9 +17,6 @@ LANES = 4
 """Lanes of a warp that share a row of a wgmma's result, two columns each."""
 STAGES = 2
 """Steps whose words lie in shared memory at the same time, where there is room."""
-BASE = 1024
-BASE_BITS = 0x6400
-"""1024 as float16; its ten bits of mantissa count from 1, so that a field there is added."""
 
 
 class Plane(NamedTuple):
@@ -40,15 +37,11 @@ class Plane(NamedTuple):
         """Returns what 1 at a field's place is worth in steps of the code."""
         return 2.0 ** (self.left - self.place(field))
 
-    def centre(self, field: int) -> float:
-        """Returns the middle of a field's codes, at its place."""
-        return 2.0 ** (self.width - 1 + self.place(field))
-
-    def read(self, word: Int16[Array, "n w"], field: int, base: Array) -> Float[Array, "n w"]:
-        """Returns 1024 + field * 2^place of words, of which the field's byte is the low one."""
+    def read(self, word: Int16[Array, "n w"], field: int) -> Float[Array, "n w"]:
+        """Returns field * 2^(place - 24) of words, of which the field's byte is the low one; see `gpu.fields`."""
         mask = ((1 << self.width) - 1) << self.place(field)
         whole = self.width == 8 and field == 1
-        return lax.bitcast_convert_type(word if whole else (word & jnp.int16(mask)) | base, jnp.float16)
+        return lax.bitcast_convert_type(word if whole else word & jnp.int16(mask), jnp.float16)
 
 
 class Side(NamedTuple):

@@ -13,21 +13,21 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 from jaxtyping import Array, Float, Int, Int16
 
+from kernels.gpu.fields import HIGH_BYTES
 from kernels.gpu.mosaic.layouts import MATRIX, ROWS, layout_of
 from kernels.gpu.mosaic.plan import COLUMNS, LANES
 
 
-def high_bytes(word: Int16[Array, "n w"], width: int, base: Array, interpret: bool) -> Int16[Array, "n w"]:
-    """Returns the words' high bytes as low ones; of fields 8 bits wide or-ed into `base`.
+def high_bytes(word: Int16[Array, "n w"], width: int, interpret: bool) -> Int16[Array, "n w"]:
+    """Returns the words' high bytes as low ones; of fields 8 bits wide with nothing above.
 
-    Compiled, something is in the high ones, which masks drop. A register has two words: a shift of each takes seven
-    instructions, one of the register is one. With 8 bits a permutation of bytes does it, and the `or` besides.
+    Else, compiled, something is in the high ones, which masks drop. A register has two words: a shift of each takes
+    seven instructions, one of the register is one. With 8 bits a permutation of bytes does it, and the mask besides.
     """
     if interpret:
-        high = lax.shift_right_logical(word, jnp.int16(8))
-        return high | base if width == 8 else high
+        return lax.shift_right_logical(word, jnp.int16(8))
     if width == 8:
-        return _on_registers(_permute, word.shape, jnp.int16, MATRIX, word, (word & jnp.int16(255)) | base)
+        return _on_registers(_permute, word.shape, jnp.int16, MATRIX, word)
     return _on_registers(_shift, word.shape, jnp.int16, MATRIX, word)
 
 
@@ -81,9 +81,11 @@ def _shift(pair: ir.Value) -> ir.Value:
     return vector.bitcast(pair.type, arith.shrui(number, eight))
 
 
-def _permute(pair: ir.Value, base: ir.Value) -> ir.Value:
-    """Returns base with the high bytes of a pair of words as its low bytes."""
-    return utils.prmt(pair, base, utils.c(0x5351, ir.IntegerType.get_signless(32)))
+def _permute(pair: ir.Value) -> ir.Value:
+    """Returns the high bytes of a pair of words as low ones, and zeros above."""
+    i32 = ir.IntegerType.get_signless(32)
+    zeros = vector.bitcast(pair.type, vector.broadcast(ir.VectorType.get((1,), i32), utils.c(0, i32)))
+    return utils.prmt(pair, zeros, utils.c(HIGH_BYTES, i32))
 
 
 def _pick(pair: ir.Value, column: ir.Value) -> ir.Value:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import LIFT
+from kernels.gpu.fields import LIFT, WHOLE
 from kernels.gpu.mosaic import layouts
 from kernels.gpu.mosaic.block import Block, Copy
 from kernels.gpu.mosaic.layouts import GROUPS, MATRIX, ROWS, across, down, folded, full, joined, load
@@ -57,9 +57,6 @@ class Values:
             weights = [LIFT * plane.weight(i % plane.fields) for i in range(plan.step // TILE)]
             scaled = [layouts.weighted(p * span, weights).astype(jnp.float16) for span in spans]
             operand.at[slot].T[...] = self._columns(scaled)
-            centres = [plane.centre(i % plane.fields) for i in range(plan.step // TILE)]
-            wanted = (layouts.weighted(x.astype(jnp.float32), centres) for x in scaled)
-            lacking = [a + folded(x) for a, x in zip(lacking, wanted, strict=True)]
         return lacking
 
     def products(self, slot: Int[Array, ""]) -> Float[Array, "d n"]:
@@ -71,14 +68,14 @@ class Values:
                 for k in range(0, value.shape[-1], TILE):
                     word = load(value.at[slot, :, pl.ds(k, TILE)], MATRIX)
                     at = weight.at[slot, :, pl.ds(k * plane.fields, TILE * plane.fields)]
-                    self.block.multiply(acc, plane, word, at, TILE, centred=True)
+                    self.block.multiply(acc, plane, word, at, TILE)
 
         return self.block.summed((plan.dim, plan.value_columns), multiply)
 
     def out(self, product: Float[Array, "d n"], lacking: list[Array]) -> Float[Array, "d *m"]:
         """Returns the weighted sum of values."""
         plan = self.block.plan
-        product = product + down(jnp.sum(self._columns(lacking), axis=0), plan.dim)
+        product = product * WHOLE + down(jnp.sum(self._columns(lacking), axis=0), plan.dim)
         if plan.alone:
             column = lax.div(layouts.row_index((plan.dim,)), plan.values.group) * (COLUMNS // LANES)
             product = own_column(product, column, plan.interpret)

@@ -1,13 +1,14 @@
 """Scores of a tile of keys: from words in the matrix units, or from rows of 16-bit numbers."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import Field, a_byte_further, centred, fields, metadata, unit
+from kernels.gpu.fields import WHOLE, Field, a_byte_further, fields, metadata, numbers, unit
 from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, columns, dot, load, pick, power, run_index
 
 
@@ -21,15 +22,13 @@ class PackedKeys:
     zero: Any
     fields: list[list[Field]]
     group: int
-    queries: list[list[Float[Array, "rows w"]]]
+    q_ref: Any
+    scale: float
 
     @classmethod
     def of(cls, shapes: Shapes, refs: list[Any], bits: int, group: int, q_ref: Any, scale: float) -> "PackedKeys":
         *planes, span, zero = refs
-        every = fields(bits)
-        pairs = zip(planes, every, strict=True)
-        queries = [[_query(shapes, q_ref, plane, field) * scale for field in own] for plane, own in pairs]
-        return cls(shapes, planes, span, zero, every, group, queries)
+        return cls(shapes, planes, span, zero, fields(bits), group, q_ref, scale)
 
     def together(self, tiles: int, stride: int) -> int:
         """Returns how many tiles share their operands: while they adjoin, and their groups fit a product's columns."""
@@ -41,21 +40,25 @@ class PackedKeys:
 
         They serve so many adjoining tiles.
         """
-        rows, blocks = self.shapes.rows, self._blocks(tiles)
-        group = jnp.minimum(first // self.group + jnp.arange(blocks), self.span.shape[0] - 1)
-        factors, added = [], jnp.zeros((blocks * rows,), jnp.float32)
-        for plane, own, queries in zip(self.planes, self.fields, self.queries, strict=True):
-            factors.append([])
-            for field, q in zip(own, queries, strict=True):
-                at = _channels(self.shapes, plane, field)
-                span = metadata(load(self.span, group, at))
-                x = self._each(span, q * (field.factor * unit(self.span))).astype(jnp.float16)
-                each = field.centre * x.astype(jnp.float32)
-                if field.plane == 0:
-                    each += self._each(metadata(load(self.zero, group, at)), q * unit(self.zero))
-                added += jnp.sum(each, axis=1)
-                factors[-1].append(_filled(x.T))
+        group = jnp.minimum(first // self.group + jnp.arange(self._blocks(tiles)), self.span.shape[0] - 1)
+        first_field, *others = self._met(self.zero, group, 0)
+        added = jnp.sum(sum(others, first_field), axis=1)
+        factors = [
+            [
+                _filled((x * field.factor).astype(jnp.float16).T)
+                for x, field in zip(self._met(self.span, group, i), own, strict=True)
+            ]
+            for i, own in enumerate(self.fields)
+        ]
         return factors, _filled(added[None])[0]
+
+    def _met(self, meta: Any, group: Int[Array, "blocks"], number: int) -> Iterator[Float[Array, "blocks*rows w"]]:
+        """Yields, for each field of a plane, its queries times the metadata of these groups."""
+        plane = self.planes[number]
+        for field in self.fields[number]:
+            q = _query(self.shapes, self.q_ref, plane, field) * self.scale
+            x = metadata(load(meta, group, _channels(self.shapes, plane, field)))
+            yield self._each(x, q * unit(meta))
 
     def _blocks(self, tiles: int) -> int:
         """Returns how many groups the tokens of adjoining tiles lie in."""
@@ -70,14 +73,14 @@ class PackedKeys:
         """Returns the scores of a tile in these rows, by its number among those that share the operands."""
         factors, added = operands
         shapes = self.shapes
-        total = jnp.broadcast_to(added[None], (shapes.tokens, added.shape[0]))
+        total = jnp.zeros((shapes.tokens, added.shape[0]), jnp.float32)
         for plane, own, each in zip(self.planes, self.fields, factors, strict=True):
             word = load(plane, rows, run_index(0, plane.shape[1], _wide(plane)))
             shifted = a_byte_further(word, shapes.interpret)
             for field, factor in zip(own, each, strict=True):
-                total += dot(centred(word, shifted, field, shapes.interpret), factor)
+                total += dot(numbers(word, shifted, field, shapes.interpret), factor)
         token = tile * shapes.lanes + jnp.arange(shapes.tokens) % shapes.lanes
-        return pick(total, token // self.group if self._blocks(tiles) > 1 else 0, shapes.rows)
+        return pick(total * WHOLE + added[None], token // self.group if self._blocks(tiles) > 1 else 0, shapes.rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Program:
                 if tile % together == 0:
                     operands = keys.operands(start, together)
                 rows = shapes.row_index(start, self.keys.offset, exact)
-                seen = (lane < shapes.lanes) & (start + lane < count)
+                seen = lane < jnp.minimum(count - start, shapes.lanes)
                 own = keys.scores(operands, tile % together, together, rows)
                 scores.append(jnp.where(seen[:, None] if own.ndim > 1 else seen, own, MASKED))
             return _online(values, state, scores, at)

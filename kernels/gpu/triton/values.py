@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import LIFT, Field, a_byte_further, centred, fields, further, metadata, unit
+from kernels.gpu.fields import LIFT, WHOLE, Field, a_byte_further, fields, further, metadata, numbers, unit
 from kernels.gpu.triton.shapes import COLUMNS, Shapes, array, columns, dot, load, outer, pick, power, run_index
 
 Sums = tuple[Array, ...]
@@ -93,13 +93,12 @@ class PackedValues:
             lacking += outer(zero, scaled)
         for tile, field, word, shifted in self._tiles(step):
             x = (spans[tile] * field.factor).astype(jnp.float16)
-            product += dot(centred(word, shifted, field, self.shapes.interpret), columns(x, wide))
-            lacking += field.centre * x.astype(jnp.float32)
+            product += dot(numbers(word, shifted, field, self.shapes.interpret), columns(x, wide))
         return product, lacking
 
     def out(self, sums: Sums) -> Float[Array, "channels *rows"]:
         """Returns the weighted sum of values."""
-        product, lacking = (x * (1 / self.lift) for x in sums)
+        product, lacking = sums[0] * (WHOLE / self.lift), sums[1] * (1 / self.lift)
         less = jnp.sum(lacking, axis=0)
         if self.blocks == 1:
             return pick(product, 0, self.shapes.rows) + less

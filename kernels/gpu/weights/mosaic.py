@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Int16
+from jaxtyping import Array, Float, Int
 
 from kernels.gpu import device
 from kernels.gpu.mosaic.layouts import COLS, MATRIX, ROWS, across, down, full, load
-from kernels.gpu.mosaic.plan import BASE_BITS, COLUMNS, TILE, Plane
+from kernels.gpu.mosaic.plan import COLUMNS, TILE, Plane
 from kernels.gpu.mosaic.registers import add_product, high_bytes
 from kernels.gpu.weights import matmul
 from kernels.gpu.weights.layout import Words
@@ -32,7 +32,6 @@ _INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
 class Inputs(NamedTuple):
     """In global memory; x (p, m, n). Without groups there are no scales."""
 
-    base: Any
     x: Any
     words: Any
     sums: Any
@@ -53,11 +52,10 @@ class Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of the grid: 64 or 128 rows of the matrix, and a share of the inputs. `base` is the bits of 1024."""
+    """A block of the grid: 64 or 128 rows of the matrix, and a share of the inputs."""
 
     given: Inputs
     shared: Shared
-    base: Int16[Array, ""]
     bits: int
     columns: int
     splits: int
@@ -127,9 +125,9 @@ class Block:
     def _multiply(self, acc: Any, slot: Int[Array, ""], words: Any) -> None:
         plane = Plane(self.bits, 0)
         word = load(self.shared.words.at[slot, :, words], MATRIX)
-        halves = word, high_bytes(word, self.bits, self.base, self.interpret)
+        halves = word, high_bytes(word, self.bits, self.interpret)
         for field in range(plane.fields):
-            numbers = plane.read(halves[field * self.bits // 8], field, self.base)
+            numbers = plane.read(halves[field * self.bits // 8], field)
             add_product(acc, numbers, self.shared.x.at[slot, field, :, words].T, self.interpret)
             plgpu.wgmma_wait(1)
 
@@ -164,14 +162,10 @@ def unsupported(x: Float[Array, "m k"], matrix: Matrix) -> str | None:
 def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool = False) -> Float[Array, "m r"]:
     """Returns x @ matrix in x's dtype; x is rounded to float16."""
     own, rows = operand(x, matrix, COLUMNS, interpret, True), matrix.values.shape[0]
-    # Read from memory, so that no compiler knows it: it makes a mask and an `or` one instruction only where one of
-    # their constants is in a register.
-    base = jnp.full(1, BASE_BITS, jnp.int32)
     read = (own.planes, matrix.values, own.sums, own.factors, matrix.scales if matrix.grouped else None)
 
     def body(given: Inputs, out: Any, shared: Shared) -> None:
-        bits = given.base[0].astype(jnp.int16)
-        Block(given, shared, bits, matrix.bits, matrix.columns, splits, interpret).run(out)
+        Block(given, shared, matrix.bits, matrix.columns, splits, interpret).run(out)
 
     kernel = plgpu.kernel(
         body,
@@ -182,7 +176,7 @@ def product(x: Float[Array, "m k"], matrix: Words, splits: int, interpret: bool 
         kernel_name=f"weights_dense_{matrix.bits}",
         interpret=_INTERPRETER(detect_races=True) if interpret else None,
     )
-    y = jnp.sum(kernel(Inputs(base, *read)), axis=0)
+    y = jnp.sum(kernel(Inputs(*read)), axis=0)
     if not matrix.grouped:
         assert matrix.scales is not None
         y *= matrix.scales[0, :, None].astype(jnp.float32)

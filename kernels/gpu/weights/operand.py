@@ -1,4 +1,4 @@
-"""Activations as kernels multiply with them: planes of every p-th input, and what fields' 1024 adds to products.
+"""Activations as kernels multiply with them: planes of every p-th input, and what codes' offset adds to products.
 
 In one launch, a program a block of inputs: XLA would take three, one after the other, before each product.
 """
@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels.gpu.fields import BIAS, fields
+from kernels.gpu.fields import WHOLE, fields
 from kernels.gpu.weights.layout import OFFSET, Arranged, Pairs
 
 LARGEST = 2.0**13
@@ -24,8 +24,8 @@ PREPARES = "weights_x"
 class Operand(NamedTuple):
     """Rows of x as columns of products: planes (p, blocks * c, m).
 
-    A block's products, less its `sums` (blocks, m) and times its `factors` (blocks, m), are those of x. bfloat16 has
-    neither: it is x itself.
+    A block's products with codes, less its `sums` (blocks, m) and times its `factors` (blocks, m), are those of x.
+    bfloat16 has neither: it is x itself. Numbers from 2^116 on have no factor in float32.
     """
 
     planes: Float[Array, "p n m"]
@@ -80,7 +80,7 @@ class Prepare:
         for part in parts[1:]:
             largest = jnp.maximum(jnp.abs(largest), jnp.abs(part))
         power = _power(jnp.max(jnp.abs(largest), axis=0))
-        factors_ref[...] = power * (1 / LARGEST)
+        factors_ref[...] = power * (self._worth / LARGEST)
         sums = jnp.zeros_like(power)
         for i, part in enumerate(parts):
             unit = self._unit(block, i)
@@ -88,7 +88,7 @@ class Prepare:
             planes_ref[i, :, :] = rounded.T if self.flipped else rounded
             if self.bits:
                 # From what was rounded: what is subtracted is large beside what is left.
-                sums += jnp.sum(rounded.astype(jnp.float32), axis=0) * (BIAS + OFFSET[self.bits] / unit)
+                sums += jnp.sum(rounded.astype(jnp.float32), axis=0) * (OFFSET[self.bits] / self._worth / unit)
         if self.bits:
             sums_ref[0][...] = sums
 
@@ -100,6 +100,11 @@ class Prepare:
         at = jnp.broadcast_to(at[:, None], shape)
         found = x_ref[jnp.minimum(row, m - 1), jnp.minimum(at, k - 1)].astype(jnp.float32)
         return jnp.where((row < m) & (at < k), found, 0)
+
+    @property
+    def _worth(self) -> float:
+        """What products are to be multiplied with, besides what x was divided by."""
+        return WHOLE if self.bits else 1.0
 
     def _unit(self, block: Int[Array, ""], plane: int) -> Any:
         """Returns what a code is worth: 2^-pos of its field."""

@@ -17,8 +17,6 @@ from kernels.gpu.weights.tiles import Tiles
 
 FLOAT = 16
 """Stands for the bits of a code where values are floats."""
-_1024 = 0x6400
-"""The bits of the float16 1024, which fields are or-ed into."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Program:
 
     def _dropped(self, field: int) -> int:
         """Returns the bits of a weight that is dropped: 0, or the number of code 0 in a field."""
-        return 0 if self.bits == FLOAT else _1024 | OFFSET[self.bits] << field * self.bits % 8
+        return 0 if self.bits == FLOAT else OFFSET[self.bits] << field * self.bits % 8
 
     def _fields(self, word: Num[Array, "rows c"]) -> list[Float[Array, "rows c"]]:
         """Returns the fields of words as numbers; of floats, these."""

@@ -35,13 +35,18 @@ class Field(NamedTuple):
     factor: float
 
     @property
+    def place(self) -> int:
+        """At which bit of its byte it begins."""
+        return self.index * self.width % 8
+
+    @property
     def low(self) -> bool:
         """Whether it lies in the lower byte."""
         return self.index * self.width < 8
 
     @property
     def mask(self) -> int:
-        return ((1 << self.width) - 1) << self.index * self.width % 8
+        return ((1 << self.width) - 1) << self.place
 
 
 def fields(bits: int) -> list[list[Field]]:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.gpu.fields import WHOLE, Field, a_byte_further, fields, metadata, numbers, unit
-from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, columns, dot, load, pick, power, run_index
+from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, accumulate, columns, dot, load, pick, power, run_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PackedKeys:
             word = load(plane, rows, run_index(0, plane.shape[1], _wide(plane)))
             shifted = a_byte_further(word, shapes.interpret)
             for field, factor in zip(own, each, strict=True):
-                total += dot(numbers(word, shifted, field, shapes.interpret), factor)
+                total = accumulate(total, numbers(word, shifted, field, shapes.interpret), factor)
         token = tile * shapes.lanes + jnp.arange(shapes.tokens) % shapes.lanes
         return pick(total * WHOLE + added[None], token // self.group if self._blocks(tiles) > 1 else 0, shapes.rows)
 

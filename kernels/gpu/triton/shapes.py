@@ -94,6 +94,11 @@ def dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def accumulate(total: Float[Array, "n m"], a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """Returns a sum with a product added, which matrix units do in one: what is far below the largest is cut off."""
+    return total + dot(a, b)
+
+
 def pick(x: Float[Array, "n blocks*rows"], block: Any, rows: int) -> Float[Array, "n *rows"]:
     """Returns, for each row of x, the columns of one block of columns: an index, or an index a row.
 

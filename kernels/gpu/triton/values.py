@@ -9,7 +9,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.gpu.fields import LIFT, WHOLE, Field, a_byte_further, fields, further, metadata, numbers, unit
-from kernels.gpu.triton.shapes import COLUMNS, Shapes, array, columns, dot, load, outer, pick, power, run_index
+from kernels.gpu.triton.shapes import (
+    COLUMNS,
+    Shapes,
+    accumulate,
+    array,
+    columns,
+    dot,
+    load,
+    outer,
+    pick,
+    power,
+    run_index,
+)
 
 Sums = tuple[Array, ...]
 MOST = 8
@@ -89,12 +101,14 @@ class PackedValues:
             start = self.first(step) + tile * self.stride
             span, zero = (self._metadata(ref, start) for ref in (self.span, self.zero))
             scaled = p * (unit(self.span) * self.lift)
-            spans.append(outer(span, scaled))
+            met = outer(span, scaled)
+            spans.append([met * own[0].factor for own in self.fields])
             lacking += outer(zero, scaled)
+        own = jnp.zeros_like(product)  # a short sum, of which less is cut off
         for tile, field, word, shifted in self._tiles(step):
-            x = (spans[tile] * field.factor).astype(jnp.float16)
-            product += dot(numbers(word, shifted, field, self.shapes.interpret), columns(x, wide))
-        return product, lacking
+            x = (spans[tile][field.plane] * 0.5**field.place).astype(jnp.float16)
+            own = accumulate(own, numbers(word, shifted, field, self.shapes.interpret), columns(x, wide))
+        return product + own, lacking
 
     def out(self, sums: Sums) -> Float[Array, "channels *rows"]:
         """Returns the weighted sum of values."""

@@ -10,7 +10,7 @@ import functools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures the cells that are missing in benchmarks/results/prune-quality-NAME.json; returns 0."""
     runtime.prepare()
     path = machine.RESULTS / f"prune-quality-{args.name or name_of(args.model)}.json"
-    settings = _settings(args)
+    settings = rests_on(args)
     found = found_in(path, settings, "cells")
     done = {Cell(*(row[name] for name in Cell._fields)) for row in found}
     missing = [cell for cell in cells(args.levels, args.seeds) if cell not in done]
@@ -75,14 +75,16 @@ class Contest:
         """Returns a cell's figures, under its names."""
         return {**cell._asdict(), **self.measure(cell)}
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """Returns a cell's quality, and the seconds that pruning took."""
+    def measure(self, cell: Cell, layers: Container[int] | None = None) -> dict[str, Any]:
+        """Returns a cell's quality, and the seconds that pruning took; of these layers alone, or of all."""
         if not cell.level:
             return self._judge.weights(self._model.params)
-        drops, stats = self._drops(cell), self._statistics(cell.seed)
+        drops, stats = self.drops(cell), self._statistics(cell.seed)
         began = time.monotonic()
         text = dict(self._model.params["text"])
         for index, (statistics, row) in enumerate(zip(stats, drops, strict=True)):
+            if layers is not None and index not in layers:
+                continue
             name = f"layers_{index}"
             text[name], _ = cell.method.layer(text[name], statistics, row, f"layer {index}")
         params = jax.block_until_ready(self._model.params | {"text": text})
@@ -108,7 +110,8 @@ class Contest:
         recipe = Recipe(EASY_VQA, args.calibration_samples, text, args.calibration_windows, args.length, seed)
         return samples.encode(self._processor, recipe)
 
-    def _drops(self, cell: Cell) -> list[dict[str, int]]:
+    def drops(self, cell: Cell) -> list[dict[str, int]]:
+        """Returns how many inputs of each linear go, layer by layer; a pattern says itself."""
         text = self._model.config.text
         if ":" in cell.level:
             return [dict.fromkeys(LINEARS, 0)] * text.layers
@@ -129,8 +132,8 @@ def _sparsity(layers: int, params: Params) -> float:
     return 1 - sum(int((kernel != 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what all cells of a file have in common."""
+def rests_on(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what all figures of a file have in common."""
     names = ("samples", "calibration_samples", "calibration_windows", "length")
     calibration = [file.name for file in files(args.calibration)]
     sizes = {name: getattr(args, name) for name in names}
@@ -147,16 +150,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prune_quality", description=(__doc__ or "").split("\n")[0]
     )
+    add(parser, samples=96)
+    more = parser.add_argument
+    more("--levels", nargs="+", default=LEVELS, metavar="S|N:M")
+    more("--seeds", type=int, default=3, help="of calibration (default: %(default)s)")
+    more("--name", metavar="NAME", help="the file is benchmarks/results/prune-quality-NAME.json (default: the model's)")
+    return parser
+
+
+def add(parser: argparse.ArgumentParser, samples: int) -> None:
+    """Adds the flags that say by what a model is judged and what methods are calibrated on."""
+    judged.add(parser, samples=samples, windows=6)
     add = parser.add_argument
-    judged.add(parser, samples=96, windows=6)
     add("--calibration", type=Path, nargs="+", default=[], metavar="FILE|DIR", help="text to calibrate on, too")
-    add("--levels", nargs="+", default=LEVELS, metavar="S|N:M")
-    add("--seeds", type=int, default=3, help="of calibration (default: %(default)s)")
     add("--calibration-samples", type=int, default=64, help="questions (default: %(default)s)")
     add("--calibration-windows", type=int, default=8, help="windows of text (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens of such a window (default: %(default)s)")
-    add("--name", metavar="NAME", help="the file is benchmarks/results/prune-quality-NAME.json (default: the model's)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks import tables
 from benchmarks.prune_memory import SHAPE
 from lmmjax.prune.allocations import ALLOCATIONS
@@ -16,7 +18,13 @@ the score lognorm, without an update. Statistics are one-shot, those of the dens
 rest on the same; a seed draws what is calibrated on. ecoflap's losses are taken of 16 questions, whatever the
 statistics are of. *-*: not measured.
 """
+LAYERS = """An allocation gains where it drops less of the layers whose weights are missed more. Each decoder layer
+pruned alone by lognorm, all others dense, says how much they are missed; the rank correlation (Spearman) of that with
+what an allocation drops of a layer is -1 where it drops least of the dearest, 1 where it drops most of them.
+"""
 RIGHT, TEXT = ("right", "easy-VQA, right"), ("ppl", "perplexity")
+DEAREST = 4
+"""How many of the layers that cost most are named."""
 KL = ("kl", "easy-VQA, KL")
 """What stands in for perplexity where there is no text: nats an answer token from the dense model's predictions."""
 
@@ -33,6 +41,29 @@ def page(name: str, found: Mapping[str, Any]) -> str:
     """Returns both tables of a file of `benchmarks.prune_quality`, and what they rest on."""
     cells, measures = found["cells"], (RIGHT, TEXT if found["settings"]["text"] else KL)
     return "\n".join([_updates(cells, measures), _allocations(cells, measures), _small_print(name, found)])
+
+
+def layers(name: str, found: Mapping[str, Any]) -> str:
+    """Returns the table of a file of `benchmarks.prune_layers`, and what it rests on."""
+    rows, cost = found["layers"], "text_kl" if found["settings"]["text"] else "kl"
+    names = [name for name in ALLOCATIONS if name != "uniform"]
+    lines, dearest = [], []
+    for level in tables.sparsities(rows):
+        of = [row for row in rows if row["level"] == level]
+        dropped = {name: [row["dropped"][name] for row in of] for name in names}
+        together = [f"{_rank_correlation(dropped[name], [row[cost] for row in of]):+.2f}" for name in names]
+        spans = [f"{100 * min(each):.0f} to {100 * max(each):.0f}%" for each in dropped.values()]
+        lines += [[tables.share(level), "correlation", *together], [tables.share(level), "of a layer", *spans]]
+        most = sorted(of, key=lambda row: row[cost], reverse=True)[:DEAREST]
+        each = ", ".join(f"{row['layer']} ({row[cost]:.3f})" for row in most)
+        of_what = "text" if cost == "text_kl" else "answers"
+        dearest.append(f"Dearest at {tables.share(level)}, by KL of {of_what}: layers {each}.")
+    return f"{tables.table(['sparsity', '', *names], lines)}\n{' '.join(dearest)} {_small_print(name, found)}"
+
+
+def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    first, second = (np.argsort(np.argsort(x, kind="stable")).astype(float) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def memory(name: str, found: Mapping[str, Any]) -> str:

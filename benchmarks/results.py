@@ -55,6 +55,9 @@ def page(folder: Path) -> str:
     parts += [
         f"### {found['settings']['model']}, methods\n\n{prune_table.page(name, found)}" for name, found in methods
     ]
+    alone = _found(folder, "prune-layers-*.json")
+    parts += [f"### Allocations, layer by layer\n\n{prune_table.LAYERS}"] if alone else []
+    parts += [f"{found['settings']['model']}:\n\n{prune_table.layers(name, found)}" for name, found in alone]
     raced = _found(folder, "prune-smol-*.json", "prune-7b-*.json")
     parts += [f"### Speed of pruning\n\n{prune_table.SPEED}"] if raced else []
     parts += [prune_table.speed(name, found) for name, found in raced]

@@ -51,19 +51,31 @@ def layers(name: str, found: Mapping[str, Any]) -> str:
     for level in tables.sparsities(rows):
         of = [row for row in rows if row["level"] == level]
         dropped = {name: [row["dropped"][name] for row in of] for name in names}
-        together = [f"{_rank_correlation(dropped[name], [row[cost] for row in of]):+.2f}" for name in names]
+        together = [_rank_correlation(dropped[name], [row[cost] for row in of]) for name in names]
         spans = [f"{100 * min(each):.0f} to {100 * max(each):.0f}%" for each in dropped.values()]
-        lines += [[tables.share(level), "correlation", *together], [tables.share(level), "of a layer", *spans]]
         most = sorted(of, key=lambda row: row[cost], reverse=True)[:DEAREST]
+        first = [f"{100 * most[0]['dropped'][name]:.0f}%" for name in names]
+        lines += [
+            [tables.share(level), "rank correlation", *together],
+            [tables.share(level), "dropped of a layer", *spans],
+            [tables.share(level), f"of layer {most[0]['layer']}, the dearest", *first],
+        ]
         each = ", ".join(f"{row['layer']} ({row[cost]:.3f})" for row in most)
         of_what = "text" if cost == "text_kl" else "answers"
         dearest.append(f"Dearest at {tables.share(level)}, by KL of {of_what}: layers {each}.")
     return f"{tables.table(['sparsity', '', *names], lines)}\n{' '.join(dearest)} {_small_print(name, found)}"
 
 
-def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    first, second = (np.argsort(np.argsort(x, kind="stable")).astype(float) for x in (a, b))
-    return float(np.corrcoef(first, second)[0, 1])
+def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> str:
+    """Returns Spearman's coefficient, those alike to a thousandth sharing their ranks; "-" where all of a side are."""
+    first, second = (_ranks(np.round(x, 3)) for x in (a, b))
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return "-"
+    return f"{np.corrcoef(first, second)[0, 1]:+.2f}"
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    return np.array([(np.sum(x < value) + np.sum(x <= value)) / 2 for value in x])
 
 
 def memory(name: str, found: Mapping[str, Any]) -> str:

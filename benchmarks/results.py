@@ -16,8 +16,8 @@ TARGET = Path(__file__).parents[1] / "docs" / "results.md"
 INTRODUCTION = """# What compression costs
 
 Made by `python -m benchmarks.results` from the files in [benchmarks/results](../benchmarks/results); `python -m
-benchmarks.quality`, `python -m benchmarks.prune_quality`, `python -m benchmarks.kv_quality` and `python -m
-benchmarks.weights` measure.
+benchmarks.quality`, `python -m benchmarks.prune_quality`, `python -m benchmarks.prune_layers`, `python -m
+benchmarks.kv_quality` and `python -m benchmarks.weights` measure.
 
 Pruned models keep a dense KV cache and quantized caches stand under dense weights, so that each table shows one loss.
 *Searched* is what TPE found: a sparsity a layer for the score lognorm, or widths for each layer's keys and values in

@@ -27,12 +27,18 @@ def test_each_layer_is_pruned_alone_and_a_run_goes_on_where_it_stopped(tmp_path,
         assert sum(row["dropped"][name] for row in found["layers"]) == pytest.approx(0.6 * layers, abs=1e-3)
     monkeypatch.setattr(prune_quality.Contest, "measure", None)  # whoever measures again, fails
     assert prune_layers.main(words) == 0
-    assert prune_table.layers(path.name, found).count("| 60% |") == 2
+    assert prune_table.layers(path.name, found).count("| 60% |") == 3
     assert checkpoints.EMBEDDED.name == found["settings"]["model"]
 
 
 def test_the_correlation_is_of_ranks():
-    costs, shares = [0.1, 5.0, 0.2, 0.3], {"owl": [0.7, 0.4, 0.6, 0.5], "das": [0.1, 0.9, 0.2, 0.3]}
+    costs = [0.1, 5.0, 0.2, 0.3]
+    shares = {
+        "owl": [0.7, 0.4, 0.6, 0.5],
+        "das": [0.1, 0.9, 0.2, 0.3],
+        "mgaa": [0.5, 0.5, 0.5, 0.5001],  # alike: one input more here or there
+        "ecoflap": [0.5, 0.7, 0.7, 0.7],
+    }
     rows = [
         {
             "level": "0.5",
@@ -46,8 +52,11 @@ def test_the_correlation_is_of_ranks():
     text = {"files": ["a.txt"], "windows": 1, "context": 8, "stride": 8}
     settings = {"samples": 8, "calibration_samples": 8, "calibration_windows": 1, "calibration": [], "length": 8}
     page = prune_table.layers("x.json", {"layers": rows, "settings": settings | {"text": text}, "about": about})
-    line = next(line for line in page.splitlines() if "correlation" in line)
+    line = next(line for line in page.splitlines() if "rank correlation |" in line)
     cells = dict(zip([name for name in ALLOCATIONS if name != "uniform"], line.split(" | ")[2:], strict=True))
     assert cells["owl"].startswith("-1.00")
     assert cells["das"].startswith("+1.00")
+    assert cells["mgaa"].startswith("-")
+    assert cells["ecoflap"] == "+0.77"
     assert "layers 1 (5.000), 3 (0.300)" in page
+    assert "| 50% | of layer 1, the dearest | 40% | 40% | 70% | 90% | 50% |" in page

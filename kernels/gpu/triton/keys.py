@@ -14,7 +14,7 @@ from kernels.gpu.triton.shapes import COLUMNS, NARROWEST, Shapes, accumulate, co
 
 @dataclasses.dataclass(frozen=True)
 class PackedKeys:
-    """Keys as words (s, w) a plane; spans and zeros (s / group, d); the queries as they meet each field."""
+    """Keys as words (s, w) a plane; spans and zeros (s / group, d); the queries, read as each field meets them."""
 
     shapes: Shapes
     planes: list[Any]

@@ -25,7 +25,7 @@ class Operand(NamedTuple):
     """Rows of x as columns of products: planes (p, blocks * c, m).
 
     A block's products with codes, less its `sums` (blocks, m) and times its `factors` (blocks, m), are those of x.
-    bfloat16 has neither: it is x itself. Numbers from 2^116 on have no factor in float32.
+    bfloat16 has neither: it is x itself. Numbers from 2^117 on have no factor in float32.
     """
 
     planes: Float[Array, "p n m"]
@@ -110,7 +110,7 @@ class Prepare:
         """Returns what a code is worth: 2^-pos of its field."""
         if not self.bits:
             return 1.0
-        units = [0.5 ** (field.index * field.width % 8) for field in fields(self.bits)[0]]
+        units = [0.5**field.place for field in fields(self.bits)[0]]
         if not self.pairs:
             return units[plane]
         # Positions repeat with every byte.

@@ -7,7 +7,7 @@ import pytest
 from attend_calls import expected, make, run
 
 from kernels.cases import Case, relative_error
-from kernels.gpu import device
+from kernels.gpu import decode, device
 from kernels.gpu.device import EMULATED
 from kernels.gpu.triton import keys, values
 
@@ -39,6 +39,7 @@ def summed(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         largest = jnp.maximum(jnp.max(exponents, axis=1), jnp.where(total == 0, -126, exponent(total)))
         unit = power(jnp.maximum(largest - BITS, -100))
         terms = jnp.concatenate([products, total[:, None]], axis=1)
+        # 17 terms of up to 2^27 would not fit; those of codes are far smaller than their exponents say.
         whole = jnp.sum(jnp.trunc(terms / unit[:, None]).astype(jnp.int32), axis=1)
         size = jnp.abs(whole)
         cut = jnp.maximum(32 - jax.lax.clz(size) - 24, 0)
@@ -67,12 +68,18 @@ def test_the_emulated_unit_cuts_off_what_the_real_one_does():
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_long_sums_lose_nothing(bits: int, monkeypatch: pytest.MonkeyPatch):
-    """Thousands of tokens that weigh about the same, so that what is left of their values is small."""
-    case = Case((bits, bits), (1, 1, 64), (2048,), 2048, group=64, value_group=64)
+    """Thousands of tokens that one program sees, and that weigh about the same, so that little is left of their values.
+
+    With values summed beyond a step it is off by 3e-3 at 8 bits, and with 1024 in the sums by far more.
+    """
+    case = Case((bits, bits), (1, 1, 64), (4096,), 4096, group=64, value_group=64)
     made = make(case)
     made = made._replace(q=made.q.astype(jnp.float32) / 8)
     for module in (keys, values):
         monkeypatch.setattr(module, "accumulate", summed)
+    monkeypatch.setattr(decode, "_splits", lambda *_: 1)
+    jax.clear_caches()  # a launch that was traced before knows nothing of this
     with device.speaking_of(EMULATED):
         out = run(case, made, "triton")
+    jax.clear_caches()
     assert relative_error(np.asarray(out), expected(case, made)) <= 7e-4

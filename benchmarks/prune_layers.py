@@ -15,7 +15,7 @@ from benchmarks.judged import found_in, name_of
 from benchmarks.prune_cells import ALLOCATED, Cell
 from benchmarks.prune_quality import Contest, rests_on
 from lmmjax import runtime
-from lmmjax.config import LINEARS, TextConfig
+from lmmjax.config import TextConfig
 from lmmjax.errors import exit_code
 from lmmjax.prune.allocations import ALLOCATIONS
 
@@ -59,13 +59,9 @@ def _row(contest: Contest, dropped: dict[str, list[float]], one: Layer) -> dict[
 
 def _dropped(contest: Contest, text: TextConfig, level: str) -> dict[str, list[float]]:
     """Returns which share of each layer's weights each allocation drops."""
-    shapes = {name: text.linear_shape(name) for name in LINEARS}
-    whole = sum(inputs * outputs for inputs, outputs in shapes.values())
+    whole = text.prunable // text.layers
     return {
-        name: [
-            sum(count * shapes[linear][1] for linear, count in row.items()) / whole
-            for row in contest.drops(Cell(level, ALLOCATED, allocation=name))
-        ]
+        name: [text.dropped(row) / whole for row in contest.drops(Cell(level, ALLOCATED, allocation=name))]
         for name in ALLOCATIONS
     }
 

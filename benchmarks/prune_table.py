@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from benchmarks import tables
 from benchmarks.prune_memory import SHAPE
@@ -68,14 +69,10 @@ def layers(name: str, found: Mapping[str, Any]) -> str:
 
 def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> str:
     """Returns Spearman's coefficient, those alike to a thousandth sharing their ranks; "-" where all of a side are."""
-    first, second = (_ranks(np.round(x, 3)) for x in (a, b))
+    first, second = (rankdata(np.round(x, 3)) for x in (a, b))
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return "-"
     return f"{np.corrcoef(first, second)[0, 1]:+.2f}"
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    return np.array([(np.sum(x < value) + np.sum(x <= value)) / 2 for value in x])
 
 
 def memory(name: str, found: Mapping[str, Any]) -> str:

@@ -64,6 +64,10 @@ class TextConfig:
         """The weights that pruning may zero: those of all layers' seven linears."""
         return self.layers * sum(math.prod(self.linear_shape(name)) for name in LINEARS)
 
+    def dropped(self, inputs: Mapping[str, int]) -> int:
+        """Returns how many weights go with so many inputs of each of a layer's linears."""
+        return sum(count * self.linear_shape(name)[1] for name, count in inputs.items())
+
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Returns (in, out) of one of the seven linears."""
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

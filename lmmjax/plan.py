@@ -175,9 +175,7 @@ class Plan:
 
     def sparsity(self, text: TextConfig) -> float:
         """Returns the dropped share of the prunable weights, weighted by parameters."""
-        outputs = {name: text.linear_shape(name)[1] for name in LINEARS}
-        dropped = sum(count * outputs[name] for layer in self.layers for name, count in layer.drop.items())
-        return dropped / text.prunable
+        return sum(text.dropped(layer.drop) for layer in self.layers) / text.prunable
 
     def check(self, text: TextConfig) -> "Plan":
         """Returns the plan itself if it fits a model of this shape; else raises InputError."""

@@ -27,12 +27,19 @@ HIGH_BYTES = 0x4341
 
 
 class Field(NamedTuple):
-    """One field of one plane's words: codes / levels = the sum over planes of its number * `WHOLE` * `factor`."""
+    """One field of one plane's words: codes / levels = the sum over planes of its number * `WHOLE` * `factor`.
+
+    `unit` is the factor of a field at bit 0.
+    """
 
     plane: int
     index: int
     width: int
-    factor: float
+    unit: float
+
+    @property
+    def factor(self) -> float:
+        return self.unit * 0.5**self.place
 
     @property
     def place(self) -> int:
@@ -55,7 +62,7 @@ def fields(bits: int) -> list[list[Field]]:
     for plane, width in enumerate(words.PLANES[bits]):
         left -= width
         unit = 2.0**left / (2**bits - 1)
-        found.append([Field(plane, i, width, unit * 0.5 ** (i * width % 8)) for i in range(words.fields(width))])
+        found.append([Field(plane, i, width, unit) for i in range(words.fields(width))])
     return found
 
 

@@ -102,7 +102,7 @@ class PackedValues:
             span, zero = (self._metadata(ref, start) for ref in (self.span, self.zero))
             scaled = p * (unit(self.span) * self.lift)
             met = outer(span, scaled)
-            spans.append([met * own[0].factor for own in self.fields])
+            spans.append([met * own[0].unit for own in self.fields])
             lacking += outer(zero, scaled)
         own = jnp.zeros_like(product)  # a short sum, of which less is cut off
         for tile, field, word, shifted in self._tiles(step):

@@ -98,7 +98,7 @@ class Program:
 
     def _dropped(self, field: int) -> int:
         """Returns the bits of a weight that is dropped: 0, or the number of code 0 in a field."""
-        return 0 if self.bits == FLOAT else OFFSET[self.bits] << field * self.bits % 8
+        return 0 if self.bits == FLOAT else OFFSET[self.bits] << fields(self.bits)[0][field].place
 
     def _fields(self, word: Num[Array, "rows c"]) -> list[Float[Array, "rows c"]]:
         """Returns the fields of words as numbers; of floats, these."""

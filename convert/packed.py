@@ -1,7 +1,8 @@
 """A packed checkpoint as safetensors that others can read: arrays under Hugging Face's names, and what they are.
 
-A weight that is packed lies as NAME.values, NAME.mask, NAME.scales and NAME.starts; packed.json says of each NAME its
-kind, inputs, bits and group. All others lie under their own names. The layout is in docs/weights.md.
+A weight that is packed lies as NAME.values, and NAME.mask, NAME.scales, NAME.starts and NAME.order where it has them;
+packed.json says of each NAME its kind, inputs, bits and group. All others lie under their own names. The layout is in
+docs/weights.md.
 """
 
 import json

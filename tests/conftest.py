@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoints import hf_config, random_tensors, write_hf
 
 from convert import hf
-from lmmjax import engine
+from lmmjax import engine, orders
 from lmmjax.checkpoint import load, save
 from lmmjax.linears import kernels_of, with_kernels
 from lmmjax.llava import Params
@@ -56,22 +56,37 @@ def checkpoint(hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="session")
 def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`checkpoint` as it is ("dense") and with half of its weights zero, the smaller: of an output, or of each four."""
+    """`checkpoint` as it is ("dense") and with half of its weights zero, the smaller: of an output, or of each four.
+
+    "permuted" has the zeros of 2:4 in random orders of inputs, each linear in its own.
+    """
     stored, paths = load(checkpoint).params, {"dense": checkpoint}
-    for name, most in (("bitmap", None), ("2:4", 4)):
-        layers = {f"layers_{i}": _halved(stored["text"][f"layers_{i}"], most) for i in range(2)}
+    for name, most in (("bitmap", None), ("2:4", 4), ("permuted", 4)):
+        of_layer = [_orders(stored["text"][f"layers_{i}"], i if name == "permuted" else None) for i in range(2)]
+        layers = {f"layers_{i}": _halved(stored["text"][f"layers_{i}"], most, of_layer[i]) for i in range(2)}
         paths[name] = tmp_path_factory.mktemp("pruned") / "model"
         save(paths[name], stored | {"text": stored["text"] | layers}, like=checkpoint, plan=None)
+        if name == "permuted":
+            named = {orders.name_of(i, linear): order for i in range(2) for linear, order in of_layer[i].items()}
+            for file, content in orders.as_file(named).items():
+                (paths[name] / file).write_bytes(content)
     return paths
 
 
-def _halved(layer: Params, together: int | None) -> Params:
-    """The smaller half of all inputs of an output dropped, or of each so many."""
+def _orders(layer: Params, seed: int | None) -> dict[str, np.ndarray]:
+    """An order of inputs for each linear, as they are without a seed."""
+    rng = np.random.default_rng(seed)
+    sizes = {name: len(kernel) for name, kernel in kernels_of(layer).items()}
+    return {name: np.arange(size) if seed is None else rng.permutation(size) for name, size in sizes.items()}
+
+
+def _halved(layer: Params, together: int | None, of_linear: dict[str, np.ndarray]) -> Params:
+    """The smaller half of all inputs of an output dropped, or of each so many of an order."""
     kernels = {}
     for name, kernel in kernels_of(layer).items():
-        size = np.abs(np.asarray(kernel)).reshape(-1, together or len(kernel), kernel.shape[1])
-        ranks = size.argsort(1).argsort(1)
-        kernels[name] = kernel * (ranks >= size.shape[1] // 2).reshape(kernel.shape)
+        size = np.abs(np.asarray(kernel))[of_linear[name]].reshape(-1, together or len(kernel), kernel.shape[1])
+        kept = (size.argsort(1).argsort(1) >= size.shape[1] // 2).reshape(kernel.shape)
+        kernels[name] = kernel * kept[of_linear[name].argsort()]
     return with_kernels(layer, kernels)
 
 

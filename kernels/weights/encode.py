@@ -1,25 +1,31 @@
 """From a plain kernel to a matrix without its zeros; on the host, since its length depends on what is in it."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kernels.weights import codes, masks
 from kernels.weights.format import WeightFormat
 from kernels.weights.formats import Matrix, Table, assembled
 
 
-def encode(kernel: Float[np.ndarray, "k r"], form: WeightFormat) -> Matrix:
+def encode(kernel: Float[np.ndarray, "k r"], form: WeightFormat, order: Int[np.ndarray, "k"] | None = None) -> Matrix:
     """Returns the matrix in a format, as NumPy arrays. Floats stay in the kernel's dtype, whose bits `form` must say.
 
+    Args:
+        order: the inputs in the order in which a pattern's blocks are m consecutive ones; None: as they are.
+
     Raises:
-        ValueError: the kernel's dtype has other bits, or its zeros are not of the pattern.
+        ValueError: the kernel's dtype has other bits, its zeros are not of the pattern, or an order is none of its
+            inputs, or not of a pattern.
     """
     rows = np.asarray(kernel).T
+    if order is not None:
+        rows = rows[:, _checked(order, rows.shape[1], form)]
     if form.bits > 8 and 8 * rows.dtype.itemsize != form.bits:
         raise ValueError(f"bits: got {form.bits}, expected the {8 * rows.dtype.itemsize} of {rows.dtype}")
     inputs = rows.shape[1]
     facts = {"kind": form.kind, "inputs": inputs, "bits": form.bits, "group": min(form.group or inputs, inputs)}
-    kept, arrays = _kept(rows, form), {}
+    kept, arrays = _kept(rows, form), {} if order is None else {"order": np.asarray(order, np.int32)}
     if form.bits <= 8:
         rows, arrays["scales"] = codes.rounded(rows.astype(np.float32), form.bits, facts["group"])
     if kept is not None:
@@ -34,6 +40,14 @@ def encode_table(embedding: Float[np.ndarray, "v e"], bits: int, group: int | No
     """Returns embeddings as codes of so many bits; rows come out in the dtype that they have now."""
     full = encode(np.asarray(embedding).T, WeightFormat("dense", bits, group))
     return Table(full.values, full.scales, full.inputs, full.bits, full.group, str(embedding.dtype))
+
+
+def _checked(order: Int[np.ndarray, "k"], inputs: int, form: WeightFormat) -> Int[np.ndarray, "k"]:
+    if form.pattern is None:
+        raise ValueError(f"order: got one for {form.kind}, expected a pattern N:M, the only kind whose inputs have one")
+    if not np.array_equal(np.sort(order), np.arange(inputs)):
+        raise ValueError(f"order: got {len(order)} places, expected each of {inputs} inputs once")
+    return order
 
 
 def _kept(rows: np.ndarray, form: WeightFormat) -> np.ndarray | None:

@@ -27,6 +27,11 @@ class Matrix(struct.PyTreeNode):
     __array_ufunc__ = None  # NumPy's arrays leave products to __rmatmul__, too
 
     @property
+    def order(self) -> Int[Array, "k"] | None:
+        """The inputs as the rows have them, where that is an order of their own."""
+        return None
+
+    @property
     def outputs(self) -> int:
         raise NotImplementedError
 
@@ -127,11 +132,15 @@ class Table(Full):
 
 
 class NM(Matrix):
-    """n of every m consecutive inputs kept: mask (R, B), values (R, P), P = K / m * n; of int4 (R, ceil(P / 2))."""
+    """n of every m consecutive inputs kept: mask (R, B), values (R, P), P = K / m * n; of int4 (R, ceil(P / 2)).
+
+    With an order, of every m inputs that follow each other in it.
+    """
 
     mask: UInt8[Array, "r b"]
     n: int = struct.field(pytree_node=False)
     m: int = struct.field(pytree_node=False)
+    order: Int[Array, "k"] | None = None
 
     @property
     def outputs(self) -> int:
@@ -154,7 +163,7 @@ class NM(Matrix):
         kept = masks.unpacked(self.mask, self.inputs)
         values = codes.numbers(self.values, self.bits, self.per_row)
         at = jnp.maximum(jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, 0)
-        return self._scaled(jnp.where(kept, jnp.take_along_axis(values, at, axis=1), 0))
+        return as_they_were(self._scaled(jnp.where(kept, jnp.take_along_axis(values, at, axis=1), 0)), self.order)
 
 
 class Bitmap(Matrix):
@@ -187,6 +196,11 @@ class Bitmap(Matrix):
         return self._scaled(jnp.where(kept, jnp.take(values, at, mode="clip"), 0))
 
 
+def as_they_were(rows: Float[Array, "r k"], order: Int[Array, "k"] | None) -> Float[Array, "r k"]:
+    """Returns rows whose inputs lie in an order with each input at its own place again."""
+    return rows if order is None else jnp.zeros_like(rows).at[:, order].set(rows, unique_indices=True)
+
+
 KINDS: dict[str, type[Matrix]] = {"dense": Full, "table": Table, "bitmap": Bitmap, "n:m": NM}
 
 
@@ -204,7 +218,7 @@ def described(matrix: Matrix) -> dict[str, Any]:
 
 def arrays(matrix: Matrix) -> dict[str, Array]:
     """Returns a matrix's arrays by name."""
-    names = ("mask", "values", "scales", "starts")
+    names = ("mask", "values", "scales", "starts", "order")
     return {name: array for name in names if (array := getattr(matrix, name, None)) is not None}
 
 
@@ -234,11 +248,13 @@ def _shapes(matrix: Matrix) -> dict[str, tuple[int, ...]]:
     """Returns the shapes that a matrix's arrays must have; how long a bitmap's values are, only these say."""
     outputs, halves = matrix.outputs, 2 if matrix.bits == 4 else 1
     per_row = matrix.per_row if isinstance(matrix, NM) else matrix.inputs
-    shapes = {"values": (outputs, -(-per_row // halves))}
+    shapes: dict[str, tuple[int, ...]] = {"values": (outputs, -(-per_row // halves))}
     if matrix.bits <= 8:
         shapes["scales"] = (outputs, -(-matrix.inputs // matrix.group))
     if not isinstance(matrix, Full):
         shapes["mask"] = (outputs, masks.width(matrix.inputs))
     if isinstance(matrix, Bitmap):
         shapes |= {"values": (matrix.values.size,), "starts": (outputs + 1,)}
+    if matrix.order is not None:
+        shapes["order"] = (matrix.inputs,)
     return shapes

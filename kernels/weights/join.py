@@ -14,8 +14,8 @@ from kernels.weights.formats import Bitmap, Matrix, Table
 def joined(matrices: Sequence[Matrix | Array]) -> Matrix | Array | None:
     """Returns the matrix whose outputs are those of all in order; None if they cannot be one.
 
-    They must be of one format, and not be filled up between their outputs. Nothing is computed: each weight is bit for
-    bit what it was. Pure, and can be jitted. Plain kernels (in, out) may be joined, too.
+    They must be of one format, without an order of inputs, and not be filled up between their outputs. Nothing is
+    computed: each weight is bit for bit what it was. Pure, and can be jitted. Plain kernels (in, out) may be joined.
     """
     packed = [matrix for matrix in matrices if isinstance(matrix, Matrix)]
     if len(packed) == len(matrices):
@@ -28,6 +28,8 @@ def joined(matrices: Sequence[Matrix | Array]) -> Matrix | Array | None:
 def _packed(matrices: Sequence[Matrix]) -> Matrix | None:
     first = matrices[0]
     if any(_nature(one) != _nature(first) for one in matrices) or isinstance(first, Table):
+        return None
+    if first.order is not None:  # each has its own
         return None
     if isinstance(first, Arranged):
         if any(one.outputs < one.values.shape[0] for one in matrices):

@@ -60,6 +60,8 @@ def matmul(x: Float[Array, "*batch k"], matrix: Matrix, backend: str | None = No
     if x.shape[-1] != matrix.inputs:
         raise ValueError(f"x: got shape {x.shape}, expected {matrix.inputs} on the last axis")
     rows = x.reshape(-1, matrix.inputs)
+    if matrix.order is not None:  # here, for all backends: it is x that is brought into the rows' order
+        rows, matrix = jnp.take(rows, matrix.order, axis=1, mode="clip"), matrix.replace(order=None)
     chosen = choose(backend, rows, matrix)
     return BACKENDS[chosen].run(rows, matrix).reshape(*x.shape[:-1], matrix.outputs)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from kernels.weights import Matrix, WeightFormat, encode, encode_table
 from lmmjax.errors import InputError
+from lmmjax.orders import Order
 
 PATTERNS = ("1:4", "2:4", "4:8", "8:16")
 """What a kernel's zeros are tried for without being asked."""
@@ -31,24 +32,23 @@ class Wish(NamedTuple):
     head: int | None = None
 
 
-def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish) -> Matrix:
+def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish, order: Order | None = None) -> Matrix:
     """Returns a kernel in the format that is wished for, or in the smallest of all that its zeros allow.
 
-    A bitmap that would be no smaller than all weights is not made: these are kept.
+    A bitmap that would be no smaller than all weights is not made: these are kept. `order` is the order of inputs that
+    the kernel was pruned to a pattern in, if it was one of its own.
 
     Raises:
-        InputError: the kernel is not of the pattern; `name` says which it is.
+        InputError: the kernel is not of the pattern, or the order none of its inputs; `name` says which it is.
     """
+    if order is not None and order.size != kernel.shape[0]:
+        raise InputError(f"{name}: got an order of {order.size} inputs, expected {kernel.shape[0]}; prune it again")
     bits, group = wish.bits or 8 * kernel.dtype.itemsize, wish.group
     group = GROUPS.get(bits) if group is None else group
-    kinds = {"auto": (*_patterns(kernel), "dense", "bitmap"), "bitmap": ("dense", "bitmap")}.get(
-        wish.kind, (wish.kind,)
-    )
-    counts = (kernel != 0).sum(0).tolist()
-    forms = [WeightFormat(kind, bits, group) for kind in kinds]
-    smallest = min(forms, key=lambda form: form.nbytes(kernel.shape[0], kernel.shape[1], counts))
+    forms = [WeightFormat(kind, bits, group) for kind in _kinds(kernel, wish, order)]
+    smallest = min(forms, key=lambda form: _nbytes(kernel, form, order))
     try:
-        return encode(kernel, smallest)
+        return encode(kernel, smallest, order if smallest.pattern else None)
     except ValueError as error:
         raise InputError(f"--weights: {name} cannot be packed as {wish.kind} ({error})") from error
 
@@ -61,6 +61,19 @@ def pack_head(name: str, leaf: Float[np.ndarray, "a b"], bits: int) -> Matrix:
         return encode(leaf, WeightFormat("dense", bits, GROUPS[bits]))
     except ValueError as error:
         raise InputError(f"--head: {name} cannot be packed ({error})") from error
+
+
+def _nbytes(kernel: np.ndarray, form: WeightFormat, order: Order | None) -> int:
+    of_order = order.nbytes if order is not None and form.pattern else 0
+    inputs, outputs = kernel.shape
+    return form.nbytes(inputs, outputs, (kernel != 0).sum(0).tolist()) + of_order
+
+
+def _kinds(kernel: np.ndarray, wish: Wish, order: Order | None) -> tuple[str, ...]:
+    """Returns the kinds that a wish leaves to choose from."""
+    if wish.kind == "auto":
+        return *_patterns(kernel if order is None else kernel[order]), "dense", "bitmap"
+    return ("dense", "bitmap") if wish.kind == "bitmap" else (wish.kind,)
 
 
 def _patterns(kernel: np.ndarray) -> Iterator[str]:

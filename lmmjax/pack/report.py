@@ -13,7 +13,10 @@ from lmmjax.machine import size
 
 
 class Row(NamedTuple):
-    """A linear as it is packed: its format, the share of zeros, and bytes before and after. The head has no layer."""
+    """A linear as it is packed: its format, the share of zeros, and bytes before and after. The head has no layer.
+
+    `permuted` says that its inputs have an order of their own.
+    """
 
     layer: int | None
     linear: str
@@ -23,6 +26,7 @@ class Row(NamedTuple):
     sparsity: float
     dense_bytes: int
     nbytes: int
+    permuted: bool = False
 
     @property
     def share(self) -> float:
@@ -34,7 +38,8 @@ def row(layer: int | None, linear: str, kernel: Float[np.ndarray, "in out"], mat
     """Returns what packing a linear has come to."""
     group = matrix.group if matrix.bits <= 8 else None
     zeros = 1 - np.count_nonzero(kernel) / kernel.size
-    return Row(layer, linear, matrix.kind, matrix.bits, group, zeros, kernel.nbytes, matrix.nbytes)
+    permuted = matrix.order is not None
+    return Row(layer, linear, matrix.kind, matrix.bits, group, zeros, kernel.nbytes, matrix.nbytes, permuted)
 
 
 def text(rows: Sequence[Row], sparse: bool = True) -> str:
@@ -69,13 +74,15 @@ def _share(rows: Iterable[Row]) -> float:
 
 
 def _cell(one: Row) -> str:
-    return f"{one.kind} {one.bits} {one.share:.3f}"
+    return f"{one.kind}{'*' if one.permuted else ''} {one.bits} {one.share:.3f}"
 
 
 def _facts(rows: Sequence[Row], sparse: bool) -> list[str]:
     before, after = (sum(getattr(one, name) for one in rows) for name in ("dense_bytes", "nbytes"))
     whole = [one for one in rows if one.kind == "dense" and one.sparsity > 0]
     lines = [f"linears: {size(before)} -> {size(after)}"]
+    if any(one.permuted for one in rows):
+        lines.append("*: its inputs in an order of its own, as they were pruned")
     if sparse and whole:
         most = max(one.sparsity for one in whole)
         lines.append(f"kept whole, since a mask would cost more than it saves: {len(whole)} (up to {most:.1%} zeros)")

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kernels.weights import Matrix, WeightFormat
-from lmmjax import checkpoint, files, machine, runtime, weights
+from lmmjax import checkpoint, files, machine, orders, runtime, weights
 from lmmjax.config import LINEARS, TextConfig
 from lmmjax.errors import InputError
 from lmmjax.linears import path_of
@@ -50,7 +50,7 @@ def _write(args: argparse.Namespace, path: Path, wish: Wish) -> list[Row]:
     beside: dict[str, bytes] = {}
     carried = checkpoint.carried_files(path)
     with checkpoint.writer(args.out, (path / "config.json").read_bytes(), carried, plan, beside) as leaves:
-        for name, leaf, row in _packed(weights.Reader(path / "params"), config.text, wish):
+        for name, leaf, row in _packed(path, config.text, wish):
             leaves.add(name, leaf)
             rows += [row] if row else []
         figures = {"about": machine.facts("lmmjax.pack", args.words), **report.as_json(rows)}
@@ -58,14 +58,15 @@ def _write(args: argparse.Namespace, path: Path, wish: Wish) -> list[Row]:
     return rows
 
 
-def _packed(reader: weights.Reader, text: TextConfig, wish: Wish) -> Iterator[tuple[str, Any | Matrix, Row | None]]:
+def _packed(path: Path, text: TextConfig, wish: Wish) -> Iterator[tuple[str, Any | Matrix, Row | None]]:
     """Yields all leaves by name: linears packed, with what that came to, the head if asked, and others as they are."""
+    reader, ordered = weights.Reader(path / "params"), orders.read(path)
     others = set(reader.leaves)
     for index in tqdm(range(text.layers), "pack", unit="layer", file=sys.stderr):
         linears = {path_of(index, linear): linear for linear in LINEARS}
         kernels = reader.read(linears)
         for name, linear in linears.items():
-            matrix = choice.pack(name, kernels[name], wish)
+            matrix = choice.pack(name, kernels[name], wish, ordered.get(orders.name_of(index, linear)))
             yield name, matrix, report.row(index, linear, kernels[name], matrix)
         others -= set(linears)
     head = choice.EMBEDDING if text.tied else choice.HEAD

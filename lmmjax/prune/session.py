@@ -11,9 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from safetensors.flax import save
 
-from lmmjax import checkpoint, files, layered, machine, runtime, weights
+from lmmjax import checkpoint, files, layered, machine, orders, runtime, weights
 from lmmjax.calibrate import samples
 from lmmjax.calibrate.samples import Recipe
 from lmmjax.config import LINEARS, LlavaConfig
@@ -103,7 +102,7 @@ def _dtypes(path: Path) -> dict[str, np.dtype]:
 def _write(args: argparse.Namespace, path: Path, passes: Passes, task: Task, recipe: Recipe) -> list[Loss]:
     """Writes OUT, layer by layer; returns all figures."""
     losses: list[Loss] = []
-    orders: dict[str, Array] = {}
+    ordered: dict[str, Array] = {}
     beside: dict[str, bytes] = {}
     config = (path / "config.json").read_bytes()
     carried, plan = checkpoint.carried_files(path), _plan(args, task, recipe)
@@ -113,10 +112,10 @@ def _write(args: argparse.Namespace, path: Path, passes: Passes, task: Task, rec
             layer = with_kernels(passes.model.layer(index), done.kernels)
             _add(leaves, f"text.layers_{index}.", layer, task.dtypes)
             losses += done.losses
-            orders |= {f"layers_{index}.{name}": order for name, order in done.orders.items()}
+            ordered |= {orders.name_of(index, name): order for name, order in done.orders.items()}
         figures = {"about": machine.facts("lmmjax.prune", args.words), **report.as_json(losses)}
         beside["pruning.json"] = (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode()
-        beside |= {"orders.safetensors": save(orders)} if orders else {}
+        beside |= orders.as_file(ordered)
     return losses
 
 

@@ -25,12 +25,20 @@ def read_packed():
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits"), [("bitmap", "32"), ("2:4", "8"), ("bitmap", "4"), ("dense", "4")], ids="-".join
+    ("model", "kind", "bits"),
+    [
+        ("bitmap", "bitmap", "32"),
+        ("2:4", "2:4", "8"),
+        ("bitmap", "bitmap", "4"),
+        ("dense", "dense", "4"),
+        ("permuted", "2:4", "4"),
+    ],
+    ids="-".join,
 )
-def test_the_documents_reader_finds_the_weights(pruned, read_packed, kind, bits, tmp_path):
+def test_the_documents_reader_finds_the_weights(pruned, read_packed, model, kind, bits, tmp_path):
     small = tmp_path / "small"
     words = ["--bits", bits, "--group", "16"] if bits != "32" else []
-    assert pack.main(["--model", str(pruned[kind]), "--weights", kind, *words, str(small)]) == 0
+    assert pack.main(["--model", str(pruned[model]), "--weights", kind, *words, str(small)]) == 0
     assert export.main([str(small), str(tmp_path / "hf")]) == 0
     if kind == "2:4":
         export_packed(small, tmp_path / "packed", shard_bytes=2**14)

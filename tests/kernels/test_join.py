@@ -59,6 +59,14 @@ def test_what_is_unlike_stays_apart():
     assert joined([first, second.replace(values=second.values.astype(jnp.bfloat16))]) is None
 
 
+def test_orders_of_inputs_stay_apart():
+    """Each output of one product would read x in the order of its own matrix."""
+    first, second, _ = matrices(WeightFormat("2:4", 8))
+    ordered = [one.replace(order=jnp.arange(192)[::-1]) for one in (first, second)]
+    for alike in (ordered, [arranged(one) for one in ordered]):
+        assert joined(alike) is None
+
+
 def test_blocks_of_rows_that_are_filled_up_stay_apart():
     assert joined([arranged(matrix) for matrix in matrices(WeightFormat("dense", 8), (64, 60))]) is None
 

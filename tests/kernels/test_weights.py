@@ -116,6 +116,45 @@ def test_products_are_those_of_the_dense_matrix(kind, bits):
     assert (x.astype(jnp.bfloat16) @ matrix).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 6, 70])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("kind", ["2:4", "1:4"])
+def test_an_order_of_inputs_is_the_matrixs_own_affair(kind, bits, rows):
+    """Pruned in an order, a kernel is packed in it: weights and products are those of the inputs as they were."""
+    rng = np.random.default_rng(2)
+    order, place = rng.permutation(72), np.empty(72, int)
+    place[order] = np.arange(72)
+    kernel = pruned(72, 21, kind, BF16 if bits == 16 else np.float32)[place]
+    form = WeightFormat(kind, bits, 24)
+    with pytest.raises(ValueError, match="weights that are not zero among 4 inputs"):
+        encode(kernel, form)
+    matrix = encode(kernel, form, order)
+    assert matrix.nbytes == form.nbytes(72, 21, 0) + 4 * 72
+    found = np.asarray(matrix.dense(), np.float32)
+    np.testing.assert_array_equal(found, np.asarray(encode(kernel[order], form).dense(), np.float32)[place])
+    if bits >= 16:
+        np.testing.assert_array_equal(found, np.float32(kernel))
+    x = rng.standard_normal((rows, 72)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(matmul)(jnp.asarray(x), matrix), np.float64(x) @ np.float64(found), atol=2e-5)
+    again = assembled(described(matrix), arrays(matrix))
+    assert jax.tree.structure(again) == jax.tree.structure(matrix)
+    with pytest.raises(ValueError, match="arrays: got"):
+        assembled(described(matrix), arrays(matrix) | {"order": order[:-1]})
+
+
+@pytest.mark.parametrize(
+    ("form", "order", "said"),
+    [
+        (WeightFormat("bitmap", 32), np.arange(8), "order: got one for bitmap, expected a pattern N:M"),
+        (WeightFormat("2:4", 32), np.zeros(8, int), "order: got 8 places, expected each of 8 inputs once"),
+        (WeightFormat("2:4", 32), np.arange(4), "order: got 4 places, expected each of 8 inputs once"),
+    ],
+)
+def test_what_is_no_order_is_refused(form, order, said):
+    with pytest.raises(ValueError, match=said):
+        encode(pruned(8, 1, "2:4"), form, order)
+
+
 @pytest.mark.parametrize("kind", ["dense", "bitmap", "2:4"])
 def test_a_matrix_is_its_facts_and_arrays(kind):
     matrix = encode(pruned(72, 21, kind), WeightFormat(kind, 4, 24))

@@ -1,6 +1,7 @@
 """python -m lmmjax.pack: what is packed says and does the same as before, is as small as said, and comes back dense."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 from said import one_line
 
 from convert import export, hf
 from kernels.gpu import device
 from kernels.weights import Matrix
-from lmmjax import answer, engine, evaluate, llava, weights
+from lmmjax import answer, engine, evaluate, llava, orders, weights
 from lmmjax import checkpoint as checkpoints
 from lmmjax.attention import causal
 from lmmjax.errors import InputError
@@ -53,6 +54,49 @@ def test_floats_packed_are_the_same_model(pruned, kind, tmp_path, capsys):
         dense = leaf.dense() if isinstance(leaf, Matrix) else leaf
         np.testing.assert_array_equal(dense, flatten_dict(before, sep=".")[name], err_msg=name)
     assert tokens_of(small) == tokens_of(pruned[kind])
+
+
+@pytest.mark.parametrize("words", [(), ("--bits", "8"), ("--bits", "4", "--group", "16")], ids=" ".join)
+def test_a_permuted_pattern_is_packed_in_its_order(pruned, words, tmp_path, capsys):
+    """Which, of inputs as they were, its zeros are not of."""
+    small = packed(pruned["permuted"], tmp_path / "small", "--weights", "2:4", *words)
+    assert "*: its inputs in an order of its own" in capsys.readouterr().out
+    after, before = weights_of(small), weights_of(pruned["permuted"])
+    assert {(matrix.kind, matrix.order is None) for matrix in weights.matrices(after)} == {("2:4", False)}
+    for layer in ("layers_0", "layers_1"):
+        for name, kernel in kernels_of(before["text"][layer]).items():
+            dense = np.asarray(kernels_of(after["text"][layer])[name].dense())
+            atol = 0 if not words else np.abs(kernel).max() / (100 if "8" in words else 7)
+            np.testing.assert_allclose(dense, kernel, atol=atol, rtol=0, err_msg=name)
+            assert not dense[np.asarray(kernel) == 0].any()
+    assert set(answer.load(small).params["text"]["layers_0"]["attn"]) == {
+        "q",
+        "k",
+        "v",
+        "o",
+    }  # each reads its own order
+    export.export(small, tmp_path / "dense")
+    hf.convert(tmp_path / "dense", tmp_path / "again")
+    assert tokens_of(small) == tokens_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("of_q", "said"),
+    [
+        (None, "cannot be read"),
+        (np.zeros(32, np.int32), "layers_0.q is no order of inputs"),
+        (np.arange(16)[::-1].copy(), "got an order of 16 inputs, expected 32"),
+    ],
+)
+def test_an_order_that_is_none_is_one_line_and_leaves_nothing(pruned, of_q, said, tmp_path, capfd):
+    model = tmp_path / "model"
+    shutil.copytree(pruned["permuted"], model)
+    (model / orders.FILE).write_bytes(b"no tensors" if of_q is None else save({"layers_0.q": of_q}))
+    assert command.main(["--model", str(model), str(tmp_path / "small")]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert said in last
+    assert not (tmp_path / "small").exists()
 
 
 def test_figures_are_those_of_the_files(pruned, tmp_path, capsys):

@@ -64,7 +64,7 @@ def _pairs(matrix: NM, facts: dict[str, Any]) -> Pairs:
     words = jnp.sum(bits.reshape(*bits.shape[:3], -1).astype(jnp.uint16) << places, axis=-1, dtype=jnp.uint16)
     values = _values(matrix, fours, columns)
     mask = jax.lax.bitcast_convert_type(words.reshape(mask.shape[0], -1), jnp.int16)
-    return Pairs(values, _scales(matrix, fours // columns), columns=columns, mask=mask, **facts)
+    return Pairs(values, _scales(matrix, fours // columns), columns=columns, mask=mask, order=matrix.order, **facts)
 
 
 def _columns(matrix: NM) -> int:

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from kernels.weights import codes
-from kernels.weights.formats import NM, Full, Matrix
+from kernels.weights.formats import NM, Full, Matrix, as_they_were
 
 TILE = 4
 """Blocks of a tile of pairs."""
@@ -88,6 +88,7 @@ class Pairs(Arranged):
     """Two of every four kept: mask (R, tiles * columns), int16; values (R, tiles * 8 * columns / fields)."""
 
     mask: Int[Array, "r w"]
+    order: Int[Array, "k"] | None = None
 
     @property
     def planes(self) -> int:
@@ -123,7 +124,8 @@ class Pairs(Arranged):
         kept = jnp.pad(kept, ((0, 0), (0, -self.inputs % 64)))
         mask = jnp.packbits(kept, axis=1, bitorder="little")
         facts = (self.inputs, self.bits, self.group)
-        return NM(values.reshape(self.outputs, -1), self._plain_scales(), *facts, mask=mask, n=2, m=4)
+        pattern = {"n": 2, "m": 4, "order": self.order}
+        return NM(values.reshape(self.outputs, -1), self._plain_scales(), *facts, mask=mask, **pattern)
 
     def rows(self) -> Float[Array, "r k"]:
         offset = OFFSET.get(self.bits, 0) if self.scales is not None else 0
@@ -134,7 +136,8 @@ class Pairs(Arranged):
         rows = jnp.stack([jnp.where(kept, value, 0) for kept, value in each], axis=-1)
         rows = rows.reshape(self.mask.shape[0], -1)[: self.outputs, : self.inputs]
         scales = self._plain_scales()
-        return rows if scales is None else rows * codes.spread(scales, self.inputs, self.group)
+        scaled = rows if scales is None else rows * codes.spread(scales, self.inputs, self.group)
+        return as_they_were(scaled, self.order)
 
     def _kept(self) -> Bool[Array, "r fours 4"]:
         words = self.mask.reshape(-1, self.tiles, 1, self.columns, 1)

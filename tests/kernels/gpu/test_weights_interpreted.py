@@ -18,6 +18,7 @@ from kernels.gpu.weights.cases import CASES, FORMATS, LAYERS, Case, product64
 from kernels.gpu.weights.tiles import tiles_of
 from kernels.gpu.weights.vector import call as vector
 from kernels.weights import WeightFormat, encode
+from kernels.weights import matmul as op
 from kernels.weights.formats import Matrix
 
 LIMIT = 2e-3
@@ -61,6 +62,22 @@ def test_a_layout_is_exact_and_has_a_way_back(name: str):
     np.testing.assert_array_equal(made.rows(), matrix.rows())
     np.testing.assert_array_equal(made.dense(), matrix.dense())
     assert (made.shape, made.kind, made.kept) == (matrix.shape, matrix.kind, matrix.kept)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_a_matrix_in_an_order_of_its_own(m: int):
+    """One row, a few and many: three ways, and x is brought into the order before each."""
+    case = Case("2:4", 8, 128, (256, 40), m=m)
+    matrix, x = case.matrix(), jnp.asarray(case.x(), jnp.bfloat16)
+    order = np.random.default_rng(0).permutation(256)
+    made = jax.jit(arranged)(matrix.replace(order=jnp.asarray(order)))
+    np.testing.assert_array_equal(made.rows()[:, order], matrix.rows())
+    np.testing.assert_array_equal(made.canonical().rows(), made.rows())
+    with device.speaking_of(EMULATED):
+        backend = "rounded" if m > 16 else "triton"
+        found = op.matmul(x[:, order.argsort()], made, backend)
+        expected = op.matmul(x, arranged(matrix), backend)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -62,6 +62,12 @@ struct Avx2 {
     for (int i = 0; i < 8; ++i) w[i] = FromInt8(Bytes8(values + 8 * i));
   }
 
+  static void Convert(const Int4s* values, Vec w[]) {
+    int8_t codes[kBlock];
+    Nibbles(&values->bits, kBlock, codes);
+    Convert(codes, w);
+  }
+
   // Returns the values of one byte of the mask.
   static Vec Spread(const float* values, uint64_t byte) {
     const __m256i shuffle = _mm256_cvtepi8_epi32(Bytes8(kShuffles.of_bytes[byte]));

@@ -22,6 +22,10 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Two codes, each with 8 added; the first in the low nibble.
+struct Int4s {
+  uint8_t bits;
+};
 
 struct Matrix {
   Values kind;

@@ -11,7 +11,7 @@ namespace lmmjax {
 // are compiled for a certain CPU need nothing of the standard library, whose functions the linker may share.
 struct Scratch {
   float* rows;    // kTile rows of padded() floats
-  int8_t* codes;  // a row of int4 codes as int8: padded() + kBlock of them
+  int8_t* codes;  // of a row with a mask, int4 codes as int8: padded() + kBlock of them
 };
 
 struct Path {

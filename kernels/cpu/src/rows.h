@@ -3,7 +3,7 @@
 //   Vec, kLanes                             floats of a register
 //   kColumns                                rows of x that a tile of kTile rows is multiplied by at once
 //   Load, Store, Zero, Set, Add, Mul, MulAdd, Sum
-//   Convert(const T* values, Vec w[])       the next kBlock values as floats
+//   Convert(const T* values, Vec w[])       the next kBlock weights as floats
 //   Expand(const T* values, mask, Vec w[])  the next popcount(mask) values where the mask has bits, zeros elsewhere;
 //                                           returns how many. May read kBlock values.
 //   Nibbles(const uint8_t*, n, int8_t*)     n int4 codes as int8
@@ -28,6 +28,13 @@ inline float AsFloat(BFloat16 value) {
   return result;
 }
 
+// Weights that one T holds.
+template <class T>
+constexpr int kPer = std::is_same_v<T, Int4s> ? 2 : 1;
+// Whether T holds codes, which have scales.
+template <class T>
+constexpr bool kCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4s>;
+
 // The values of a row and, if only some weights are kept, which.
 template <class T, bool kMasked>
 struct Row {
@@ -44,30 +51,32 @@ struct Rows {
   using Vec = typename Isa::Vec;
   static constexpr int kLanes = Isa::kLanes, kVecs = kBlock / kLanes;
 
-  // Returns row `r` of a matrix whose values are T; int4 codes go to `scratch` as int8.
+  // Returns row `r` of a matrix whose values are T. int4 codes with a mask go to `scratch` as int8: a row's next value
+  // may be the second of a byte.
   template <class T, bool kMasked>
   static Row<T, kMasked> At(const Matrix& m, int64_t r, Scratch scratch) {
     const uint8_t* mask = kMasked ? m.mask + r * m.blocks() * (kBlock / 8) : nullptr;
-    if constexpr (std::is_same_v<T, int8_t>) {
+    if constexpr (kMasked && std::is_same_v<T, int8_t>) {
       if (m.kind == Values::kInt4) {
         Isa::Nibbles(static_cast<const uint8_t*>(m.values) + m.start(r) / 2, m.count(r), scratch.codes);
-        return {scratch.codes, scratch.codes + (kMasked ? m.padded() + kBlock : m.inputs), mask};
+        return {scratch.codes, scratch.codes + m.padded() + kBlock, mask};
       }
     }
     const T* values = static_cast<const T*>(m.values);
-    const T* row = values + m.start(r);
+    const T* row = values + m.start(r) / kPer<T>;
     // With a mask other rows' values may be read: they are masked. Without, they would be multiplied by x's zeros,
     // and these may be infinite.
-    return {row, kMasked ? values + m.total : row + m.inputs, mask};
+    return {row, kMasked ? values + m.total : row + (m.inputs + kPer<T> - 1) / kPer<T>, mask};
   }
 
   // Calls `use(b, w)` with the weights of each block b, as they are without their scales.
   template <class T, bool kMasked, class Use>
   __attribute__((always_inline)) static inline void ForBlocks(Row<T, kMasked> row, int64_t blocks, Use use) {
+    constexpr int kValues = kBlock / kPer<T>;
     for (int64_t b = 0; b < blocks; ++b) {
-      T few[kBlock];
-      const T* values = row.limit - row.values < kBlock ? Few(row.values, row.limit, few) : row.values;
-      for (int64_t line = 0; line < int64_t{sizeof(T)}; ++line) Prefetch(row.values, 64 * line);
+      T few[kValues];
+      const T* values = row.limit - row.values < kValues ? Few(row.values, row.limit, few) : row.values;
+      for (int64_t byte = 0; byte < int64_t{sizeof(few)}; byte += 64) Prefetch(row.values, byte);
       Vec w[kVecs];
       if constexpr (kMasked) {
         if (b % 8 == 0) Prefetch(row.mask, b * (kBlock / 8));
@@ -76,7 +85,7 @@ struct Rows {
         row.values += Isa::Expand(values, mask, w);
       } else {
         Isa::Convert(values, w);
-        row.values += kBlock;
+        row.values += kValues;
       }
       use(b, w);
     }
@@ -88,10 +97,10 @@ struct Rows {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(array) + byte + 1024));
   }
 
-  // Returns a copy of the last values, zeros behind them.
+  // Returns a copy of the last values, zeros behind them; of int4 the codes of zeros.
   template <class T>
   __attribute__((noinline)) static const T* Few(const T* values, const T* limit, T few[]) {
-    std::memset(static_cast<void*>(few), 0, kBlock * sizeof(T));
+    std::memset(static_cast<void*>(few), std::is_same_v<T, Int4s> ? 0x88 : 0, kBlock / kPer<T> * sizeof(T));
     if (limit > values) std::memcpy(static_cast<void*>(few), values, (limit - values) * sizeof(T));
     return few;
   }
@@ -201,7 +210,7 @@ struct Rows {
   static void ProductOf(const Matrix& m, const float* x, int64_t count, int64_t first, int64_t last, float* y,
                         Scratch s) {
     if (count > 1) return Tiles<T, kMasked>(m, x, count, first, last, y, s);
-    if constexpr (std::is_same_v<T, int8_t>) {
+    if constexpr (kCodes<T>) {
       if (SharingOf(m) == Sharing::kBlocks) return Dots<T, kMasked, Sharing::kBlocks>(m, x, first, last, y, s);
       if (SharingOf(m) == Sharing::kAny) return Dots<T, kMasked, Sharing::kAny>(m, x, first, last, y, s);
     }
@@ -222,7 +231,8 @@ struct Rows {
       case Values::kFloat32: return with_mask(float{});
       case Values::kBFloat16: return with_mask(BFloat16{});
       case Values::kFloat16: return with_mask(Float16{});
-      default: return with_mask(int8_t{});
+      case Values::kInt8: return with_mask(int8_t{});
+      default: return m.mask ? use(int8_t{}, std::true_type{}) : use(Int4s{}, std::false_type{});
     }
   }
 

@@ -1,7 +1,7 @@
 """What the pruning benchmark measures: every score with every update, and every allocation, at every level."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lmmjax.prune.allocations import ALLOCATIONS
 from lmmjax.prune.method import Method
@@ -13,6 +13,8 @@ ALLOCATED = "lognorm"
 """The score under which allocations are compared."""
 SAME_IN_PATTERNS = ("wanda-cumulative",)
 """Scores that order an output's weights as another does, so that a pattern is the same."""
+PERMUTED = ("ria", "lognorm")
+"""The scores that inputs are ordered by in patterns: whose idea it is, and the project's own."""
 
 
 class Cell(NamedTuple):
@@ -23,12 +25,18 @@ class Cell(NamedTuple):
     update: str = "none"
     allocation: str = "uniform"
     seed: int = 0
+    permute: bool = False
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Cell":
+        """Returns the cell of a row of figures, which may be older than some fields."""
+        return cls(**{name: row[name] for name in cls._fields if name in row})
 
     @property
     def method(self) -> Method:
         """How its weights are pruned."""
         update = None if self.update == "none" or self.score in UPDATES else self.update
-        return Method(self.score, update, parse_pattern(self.level) if ":" in self.level else None)
+        return Method(self.score, update, parse_pattern(self.level) if ":" in self.level else None, self.permute)
 
 
 def cells(levels: Sequence[str], seeds: int) -> Iterator[Cell]:
@@ -41,6 +49,7 @@ def cells(levels: Sequence[str], seeds: int) -> Iterator[Cell]:
         for level in levels:
             yield from _plain(level, seed)
             yield from _updated(level, seed)
+            yield from _permuted(level, seed)
 
 
 def _plain(level: str, seed: int) -> Iterator[Cell]:
@@ -57,6 +66,12 @@ def _updated(level: str, seed: int) -> Iterator[Cell]:
     for update in UPDATES:
         for score in (update, *_scores(level)):
             yield Cell(level, score, update, seed=seed)
+
+
+def _permuted(level: str, seed: int) -> Iterator[Cell]:
+    for score in PERMUTED if ":" in level else ():
+        for update in ("none", *UPDATES):
+            yield Cell(level, score, update, seed=seed, permute=True)
 
 
 def _scores(level: str) -> list[str]:

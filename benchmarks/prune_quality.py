@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     path = machine.RESULTS / f"prune-quality-{args.name or name_of(args.model)}.json"
     settings = rests_on(args)
     found = found_in(path, settings, "cells")
-    done = {Cell(*(row[name] for name in Cell._fields)) for row in found}
+    done = {Cell.of(row) for row in found}
     missing = [cell for cell in cells(args.levels, args.seeds) if cell not in done]
     if missing:
         contest = Contest(judged.dense(args), args)
@@ -141,7 +141,8 @@ def rests_on(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    name = " ".join(filter(None, (row["score"] or "dense", row["update"], row["allocation"])))
+    order = "permuted" if row["permute"] else ""
+    name = " ".join(filter(None, (row["score"] or "dense", order, row["update"], row["allocation"])))
     text = f"  perplexity {row['ppl']:.2f}" if "ppl" in row else ""
     return f"{row['level']:>4} {name:<36} seed {row['seed']}  {100 * row['right']:5.1f}%{text}  {row['seconds']:.0f} s"
 

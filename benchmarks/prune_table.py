@@ -14,7 +14,8 @@ from lmmjax.prune.updates import UPDATES
 Row = Mapping[str, Any]
 Measures = Sequence[tuple[str, str]]
 LEGEND = """Every score of `python -m lmmjax.prune` alone and with the weights that stay updated, uniform over all
-linears; *own mask* is the update that chooses by itself. Then allocations of the same exact sparsity over layers, by
+linears; *own mask* is the update that chooses by itself; *permuted*, the pattern holds in an order of inputs that was
+looked for. Then allocations of the same exact sparsity over layers, by
 the score lognorm, without an update. Statistics are one-shot, those of the dense model, so that all methods of a seed
 rest on the same; a seed draws what is calibrated on. ecoflap's losses are taken of 16 questions, whatever the
 statistics are of. *-*: not measured.
@@ -26,6 +27,7 @@ what an allocation drops of a layer is -1 where it drops least of the dearest, 1
 RIGHT, TEXT = ("right", "easy-VQA, right"), ("ppl", "perplexity")
 DEAREST = 4
 """How many of the layers that cost most are named."""
+OWN, PERMUTED = "own mask", ", permuted"
 KL = ("kl", "easy-VQA, KL")
 """What stands in for perplexity where there is no text: nats an answer token from the dense model's predictions."""
 
@@ -120,18 +122,25 @@ def _updates(cells: Sequence[Row], measures: Measures) -> str:
     uniform = [row for row in cells if row["level"] and row["allocation"] == "uniform"]
     for level in tables.sparsities(uniform):
         of = [row for row in uniform if row["level"] == level]
-        scores = [name for name in dict.fromkeys(row["score"] for row in of) if name not in UPDATES]
-        chosen_by_itself = [None] if any(row["score"] in UPDATES for row in of) else []
-        for name in (*scores, *chosen_by_itself):
-            lines.append([tables.share(level), name or "own mask", *_line(of, name, columns, measures)])
+        masks = sorted(dict.fromkeys(map(_mask, of)), key=lambda mask: (mask == OWN, mask.endswith(PERMUTED)))
+        for mask in masks:
+            with_it = [row for row in of if _mask(row) == mask]
+            lines.append([tables.share(level), mask, *_line(with_it, columns, measures)])
     return tables.table(head, lines)
 
 
-def _line(of: Sequence[Row], score: str | None, columns: Sequence[str], measures: Measures) -> list[str]:
-    """Returns a score's figures, or those of updates that choose by themselves."""
+def _mask(row: Row) -> str:
+    """Returns what a row's mask is called."""
+    if row["score"] in UPDATES:
+        return OWN
+    return row["score"] + (PERMUTED if row.get("permute") else "")
+
+
+def _line(of: Sequence[Row], columns: Sequence[str], measures: Measures) -> list[str]:
+    """Returns the figures of a mask, alone and under each update."""
 
     def chosen(update: str) -> list[Row]:
-        return [row for row in of if row["update"] == update and row["score"] == (score or update)]
+        return [row for row in of if row["update"] == update]
 
     return [_figure(chosen(update), measure) for measure, _ in measures for update in columns]
 

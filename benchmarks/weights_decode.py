@@ -11,18 +11,24 @@ from typing import Any, NamedTuple
 from benchmarks.machine import spread
 
 ROOT = Path(__file__).parents[1]
-PRUNED = {"bitmap": ("--sparsity", "0.5"), "2:4": ("--pattern", "2:4")}
-"""How the model is pruned before it is packed; by magnitude, since speed is the same for every method."""
-PACKED = {
-    "bitmap": ("bitmap", ()),
-    "bitmap, int8": ("bitmap", ("--bits", "8", "--head", "8")),
-    "bitmap, int4": ("bitmap", ("--bits", "4", "--head", "8")),
-    "2:4": ("2:4", ()),
-    "2:4, int8": ("2:4", ("--bits", "8", "--head", "8")),
-    "dense, int8": ("dense", ("--bits", "8", "--head", "8")),
-    "dense, int4": ("dense", ("--bits", "4", "--head", "8")),
+PRUNED = {
+    "bitmap": ("--sparsity", "0.5"),
+    "2:4": ("--pattern", "2:4"),
+    "permuted": ("--pattern", "2:4", "--permute"),
 }
-"""Packed models by name: which pruned one they are of, and with what flags."""
+"""How the model is pruned before it is packed; by magnitude, since speed is the same for every method."""
+INT8, INT4 = (("--bits", bits, "--head", "8") for bits in "84")
+PACKED = {
+    "bitmap": ("bitmap", "bitmap", ()),
+    "bitmap, int8": ("bitmap", "bitmap", INT8),
+    "bitmap, int4": ("bitmap", "bitmap", INT4),
+    "2:4": ("2:4", "2:4", ()),
+    "2:4, int8": ("2:4", "2:4", INT8),
+    "2:4 permuted, int8": ("permuted", "2:4", INT8),
+    "dense, int8": ("dense", "dense", INT8),
+    "dense, int4": ("dense", "dense", INT4),
+}
+"""Packed models by name: which pruned one they are of, the kind they are packed as, and with what flags."""
 
 
 class Side(NamedTuple):
@@ -51,9 +57,9 @@ def _sides(model: Path, work: Path, llama: tuple[str, Path] | None) -> Iterator[
     if llama:
         yield "llama.cpp, Q8_0", Side("llama.cpp", llama[1], llama[0])
     yield "pruned, zeros in place", Side("lmmjax", pruned["bitmap"])
-    for name, (kind, flags) in PACKED.items():
-        out = work / name.replace(", ", "-").replace(":", "")
-        _command(out, "lmmjax.pack", "--model", str(pruned[kind]), "--weights", kind, *flags, str(out))
+    for name, (of, kind, flags) in PACKED.items():
+        out = work / name.replace(", ", "-").replace(":", "").replace(" ", "-")
+        _command(out, "lmmjax.pack", "--model", str(pruned[of]), "--weights", kind, *flags, str(out))
         yield name, Side("lmmjax", out)
 
 

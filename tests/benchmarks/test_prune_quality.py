@@ -22,6 +22,11 @@ def test_cells_are_every_score_with_every_update_and_every_allocation():
     assert len(first) == 6 * 3 + 2 + 5
     assert {cell.allocation for cell in found if cell.level == "2:4"} == {"uniform"}
     assert [cell.method.label for cell in found if cell.score == "sparsegpt"][:1] == ["sparsegpt"]
+    permuted = [cell for cell in found if cell.permute and cell.seed == 0]
+    assert {cell.level for cell in permuted} == {"2:4"}
+    assert {cell.method.label for cell in permuted} >= {"ria, permuted", "lognorm + admm, permuted"}
+    row = Cell("0.5", "wanda", seed=1)._asdict()
+    assert Cell.of({**row, "right": 0.5}) == Cell.of({name: row[name] for name in row if name != "permute"})
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_it_measures_and_goes_on_where_it_stopped(results, monkeypatch, capsys):
     assert prune_quality.main(words) == 0
     path = results / "prune-quality-tiny.json"
     found = json.loads(path.read_text())
-    assert [Cell(*(row[name] for name in Cell._fields)) for row in found["cells"]] == wanted
+    assert [Cell.of(row) for row in found["cells"]] == wanted
     assert all(row["sparsity"] == pytest.approx(0.6, abs=1e-3) for row in found["cells"][1:])
     assert all(row["right"] > 0.5 for row in found["cells"])
     monkeypatch.setattr(checkpoints, "load", None)  # whoever measures again, fails
@@ -59,6 +64,7 @@ def test_tables_take_means_over_seeds():
         {**cell, "right": 0.5, "ppl": 10.0, "kl": 0.5},
         {**cell, "right": 0.7, "ppl": 14.0, "kl": 0.7},
         {**cell, "score": "admm", "right": 0.25, "ppl": 9.0},
+        {**cell, "update": "none", "permute": True, "right": 0.3, "ppl": 11.0},
     ]
     settings = {"samples": 8, "calibration_samples": 4, "calibration_windows": 2, "length": 16}
     settings |= {"calibration": ["a.txt"], "text": {"files": ["b.txt"], "windows": 1, "context": 16, "stride": 16}}
@@ -66,6 +72,7 @@ def test_tables_take_means_over_seeds():
     page = prune_table.page("x.json", {"cells": cells, "settings": settings, "about": about})
     assert "|  | dense | 100.0% |  |  | 8.0 |  |  |" in page
     assert "| 2:4 | ria | - | - | 60.0 ± 14.1% | - | - | 12.0 ± 2.8 |" in page
+    assert "| 2:4 | ria, permuted | 30.0% | - | - | 11.0 | - | - |" in page
     assert "| 2:4 | own mask | - | - | 25.0% | - | - | 9.0 |" in page
     page = prune_table.page("x.json", {"cells": cells[:3], "settings": settings | {"text": None}, "about": about})
     assert "| 2:4 | ria | - | - | 60.0 ± 14.1% | - | - | 0.600 ± 0.141 |" in page

@@ -36,6 +36,6 @@ def read(checkpoint: Path) -> dict[str, Order]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); prune the model again") from error
     for name, order in found.items():
-        if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
+        if order.ndim != 1 or order.dtype.kind not in "iu" or not np.array_equal(np.sort(order), np.arange(order.size)):
             raise InputError(f"{path}: {name} is no order of inputs, each of them once; prune the model again")
     return {name: order for name, order in found.items() if not np.array_equal(order, np.arange(order.size))}

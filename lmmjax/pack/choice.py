@@ -36,7 +36,8 @@ def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish, order: Orde
     """Returns a kernel in the format that is wished for, or in the smallest of all that its zeros allow.
 
     A bitmap that would be no smaller than all weights is not made: these are kept. `order` is the order of inputs that
-    the kernel was pruned to a pattern in, if it was one of its own.
+    the kernel was pruned to a pattern in, if it was one of its own; its few bytes do not count, for kernels of GPUs
+    read 2:4 and no bitmaps.
 
     Raises:
         InputError: the kernel is not of the pattern, or the order none of its inputs; `name` says which it is.
@@ -45,8 +46,9 @@ def pack(name: str, kernel: Float[np.ndarray, "in out"], wish: Wish, order: Orde
         raise InputError(f"{name}: got an order of {order.size} inputs, expected {kernel.shape[0]}; prune it again")
     bits, group = wish.bits or 8 * kernel.dtype.itemsize, wish.group
     group = GROUPS.get(bits) if group is None else group
+    counts = (kernel != 0).sum(0).tolist()
     forms = [WeightFormat(kind, bits, group) for kind in _kinds(kernel, wish, order)]
-    smallest = min(forms, key=lambda form: _nbytes(kernel, form, order))
+    smallest = min(forms, key=lambda form: form.nbytes(kernel.shape[0], kernel.shape[1], counts))
     try:
         return encode(kernel, smallest, order if smallest.pattern else None)
     except ValueError as error:
@@ -61,12 +63,6 @@ def pack_head(name: str, leaf: Float[np.ndarray, "a b"], bits: int) -> Matrix:
         return encode(leaf, WeightFormat("dense", bits, GROUPS[bits]))
     except ValueError as error:
         raise InputError(f"--head: {name} cannot be packed ({error})") from error
-
-
-def _nbytes(kernel: np.ndarray, form: WeightFormat, order: Order | None) -> int:
-    of_order = order.nbytes if order is not None and form.pattern else 0
-    inputs, outputs = kernel.shape
-    return form.nbytes(inputs, outputs, (kernel != 0).sum(0).tolist()) + of_order
 
 
 def _kinds(kernel: np.ndarray, wish: Wish, order: Order | None) -> tuple[str, ...]:

@@ -56,10 +56,12 @@ def test_floats_packed_are_the_same_model(pruned, kind, tmp_path, capsys):
     assert tokens_of(small) == tokens_of(pruned[kind])
 
 
-@pytest.mark.parametrize("words", [(), ("--bits", "8"), ("--bits", "4", "--group", "16")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [(), ("--weights", "2:4", "--bits", "8"), ("--bits", "4", "--group", "16")], ids=" ".join
+)
 def test_a_permuted_pattern_is_packed_in_its_order(pruned, words, tmp_path, capsys):
     """Which, of inputs as they were, its zeros are not of."""
-    small = packed(pruned["permuted"], tmp_path / "small", "--weights", "2:4", *words)
+    small = packed(pruned["permuted"], tmp_path / "small", *words)
     assert "*: its inputs in an order of its own" in capsys.readouterr().out
     after, before = weights_of(small), weights_of(pruned["permuted"])
     assert {(matrix.kind, matrix.order is None) for matrix in weights.matrices(after)} == {("2:4", False)}
@@ -80,11 +82,18 @@ def test_a_permuted_pattern_is_packed_in_its_order(pruned, words, tmp_path, caps
     assert tokens_of(small) == tokens_of(tmp_path / "again")
 
 
+def test_a_permuted_pattern_is_a_bitmap_where_that_is_asked(pruned, tmp_path):
+    small = packed(pruned["permuted"], tmp_path / "small", "--weights", "bitmap")
+    assert {matrix.kind for matrix in weights.matrices(weights_of(small))} == {"bitmap"}
+    assert tokens_of(small) == tokens_of(pruned["permuted"])
+
+
 @pytest.mark.parametrize(
     ("of_q", "said"),
     [
         (None, "cannot be read"),
         (np.zeros(32, np.int32), "layers_0.q is no order of inputs"),
+        (np.arange(32)[::-1].astype(np.float32), "layers_0.q is no order of inputs"),
         (np.arange(16)[::-1].copy(), "got an order of 16 inputs, expected 32"),
     ],
 )

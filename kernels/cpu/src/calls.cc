@@ -68,6 +68,7 @@ ffi::ErrorOr<Matrix> Read(ffi::RemainingArgs args, int64_t inputs, int64_t outpu
   if (!fits(starts, outputs + 1)) return ffi::Unexpected(Wrong("starts has the wrong size"));
   if (!fits(scales, outputs * m.groups)) return ffi::Unexpected(Wrong("scales has the wrong size"));
   if (!m.starts && m.total != outputs * m.stride()) return ffi::Unexpected(Wrong("values has the wrong size"));
+  if (m.starts && !m.mask) return ffi::Unexpected(Wrong("rows that start anywhere need a mask"));
   if (m.starts && !InOrder(m)) return ffi::Unexpected(Wrong("starts do not lead through the values in order"));
   return m;
 }

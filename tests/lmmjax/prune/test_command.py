@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lmmjax import checkpoint as checkpoints
+from lmmjax import orders
 from lmmjax.calibrate import walk
 from lmmjax.config import LINEARS
 from lmmjax.files import read_json
@@ -190,7 +191,11 @@ def test_gradients_text_and_patterns(prune, tmp_path):
     words = ("--method", "pruner-zero", "--tokens", "drift", "--permute")
     assert prune("out", *words, sparsity=("--pattern", "2:4"), samples=samples) == 0
     assert share_of_zeros(kernels(tmp_path / "out")) == pytest.approx(0.5)
-    assert (tmp_path / "out" / "orders.safetensors").exists()
+    found = orders.read(tmp_path / "out")
+    assert found
+    for (index, linear), kernel in kernels(tmp_path / "out").items():
+        order = found.get(orders.name_of(index, linear), np.arange(len(kernel)))
+        assert (np.asarray(kernel)[order] != 0).reshape(-1, 4, kernel.shape[1]).sum(1).max() == 2
 
 
 def test_the_export_is_what_was_pruned(prune, tmp_path):

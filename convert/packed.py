@@ -16,7 +16,7 @@ import numpy as np
 from convert import SHARD_BYTES, shards
 from convert.names import Slot, slots
 from convert.writing import require_fit
-from kernels.weights import Matrix, formats
+from kernels.weights import Matrix, facts
 from lmmjax import checkpoint, files, weights
 from lmmjax.config import from_hf
 
@@ -48,7 +48,7 @@ def _entries(slot: Slot, leaves: Mapping[str, Any]) -> list[shards.Entry]:
         return [shards.Entry(slot.name, slot.shape, np.dtype(leaf.dtype))]
     return [
         shards.Entry(f"{slot.name}.{field}", array.shape, np.dtype(array.dtype))
-        for field, array in formats.arrays(leaf).items()
+        for field, array in facts.arrays(leaf).items()
     ]
 
 
@@ -56,11 +56,11 @@ def _tensors(places: Sequence[Slot], reader: weights.Reader) -> Iterator[np.ndar
     for slot in places:
         leaf = reader.read([slot.leaf])[slot.leaf]
         if isinstance(leaf, Matrix):  # which lies by output, as Hugging Face's weights do
-            yield from map(np.asarray, formats.arrays(leaf).values())
+            yield from map(np.asarray, facts.arrays(leaf).values())
         else:
             yield slot.to_theirs(leaf)
 
 
 def _facts(places: Sequence[Slot], leaves: Mapping[str, Any]) -> dict[str, Any]:
     named = ((slot.name, leaves[slot.leaf]) for slot in places)
-    return {name: formats.described(leaf) for name, leaf in named if isinstance(leaf, Matrix)}
+    return {name: facts.described(leaf) for name, leaf in named if isinstance(leaf, Matrix)}

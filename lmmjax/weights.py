@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
-from kernels.weights import Matrix, Table, formats
+from kernels.weights import Matrix, Table, facts
 from kernels.weights.matmul import placed
 from lmmjax.errors import InputError, first_line
 from lmmjax.files import read_json
@@ -41,8 +41,8 @@ class Writer:
     def add(self, name: str, leaf: np.ndarray | Matrix) -> None:
         """Takes the leaf with this dotted name, such as "text.layers_0.attn.q.kernel"."""
         if isinstance(leaf, Matrix):
-            self._matrices[name] = formats.described(leaf)
-            self._held |= {f"{name}.{field}": np.asarray(array) for field, array in formats.arrays(leaf).items()}
+            self._matrices[name] = facts.described(leaf)
+            self._held |= {f"{name}.{field}": np.asarray(array) for field, array in facts.arrays(leaf).items()}
             self.dtypes.add(f"{leaf.kind} {leaf.bits} bits")
         else:
             self._held[name] = leaf
@@ -167,7 +167,7 @@ def _gathered(found: dict[str, Any], matrices: Mapping[str, Any]) -> dict[str, A
             arrays.setdefault(owner, {})[field] = leaf
     for name, fields in arrays.items():
         try:
-            whole[name] = formats.assembled(dict(matrices[name]), fields)
+            whole[name] = facts.assembled(dict(matrices[name]), fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{MATRICES}: {name} is no packed matrix ({error}); pack it again") from error
     return whole

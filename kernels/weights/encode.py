@@ -4,8 +4,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kernels.weights import codes, masks
+from kernels.weights.facts import assembled
 from kernels.weights.format import WeightFormat
-from kernels.weights.formats import Matrix, Table, assembled
+from kernels.weights.formats import Matrix, Table
 
 
 def encode(kernel: Float[np.ndarray, "k r"], form: WeightFormat, order: Int[np.ndarray, "k"] | None = None) -> Matrix:

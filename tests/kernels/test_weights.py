@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.weights import WeightFormat, encode
-from kernels.weights.formats import arrays, assembled, described
+from kernels.weights.facts import arrays, assembled, described
 from kernels.weights.matmul import matmul
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

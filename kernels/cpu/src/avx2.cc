@@ -62,11 +62,7 @@ struct Avx2 {
     for (int i = 0; i < 8; ++i) w[i] = FromInt8(Bytes8(values + 8 * i));
   }
 
-  static void Convert(const Int4s* values, Vec w[]) {
-    int8_t codes[kBlock];
-    Nibbles(&values->bits, kBlock, codes);
-    Convert(codes, w);
-  }
+  static void Convert(const Int4s* values, Vec w[]) { ConvertAsInt8<Avx2>(values, w); }
 
   // Returns the values of one byte of the mask.
   static Vec Spread(const float* values, uint64_t byte) {

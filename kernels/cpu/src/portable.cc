@@ -58,11 +58,7 @@ struct Portable {
     Floats(values, floats);
     LoadAll(floats, w);
   }
-  static void Convert(const Int4s* values, Vec w[]) {
-    int8_t codes[kBlock];
-    Nibbles(&values->bits, kBlock, codes);
-    Convert(codes, w);
-  }
+  static void Convert(const Int4s* values, Vec w[]) { ConvertAsInt8<Portable>(values, w); }
 
   // Bit by bit that is set: compilers have no notation for a shuffle by a mask, and half of the bits are zeros.
   template <class T>

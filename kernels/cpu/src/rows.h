@@ -35,6 +35,14 @@ constexpr int kPer = std::is_same_v<T, Int4s> ? 2 : 1;
 template <class T>
 constexpr bool kCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4s>;
 
+// Converts int4 codes by way of int8: for CPUs that have no shorter one.
+template <class Isa>
+LMMJAX_INLINE void ConvertAsInt8(const Int4s* values, typename Isa::Vec w[]) {
+  int8_t codes[kBlock];
+  Isa::Nibbles(&values->bits, kBlock, codes);
+  Isa::Convert(codes, w);
+}
+
 // The values of a row and, if only some weights are kept, which.
 template <class T, bool kMasked>
 struct Row {
